@@ -1,0 +1,154 @@
+"""A folder of safetensors shards with a Parquet index: `shards/<name>.safetensors` and `index/<name>.parquet`.
+
+A shard exists for readers when its index part does, and that is published after it, so a half-written shard is never
+seen. A shard's name is the digest of the keys in it: a task that runs twice publishes the same file twice. All tensors
+are bfloat16 (as uint16 bit patterns where numpy carries them). A record's tensors are contiguous in its shard, so
+reading it is one range request.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from k5dist import storage
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX_VERSION = 1
+_TENSOR = pa.struct(
+    [("name", pa.string()), ("shape", pa.list_(pa.int32())), ("offset", pa.int64()), ("length", pa.int64())]
+)
+_PLACE = [
+    ("key", pa.string()),
+    ("shard", pa.string()),
+    ("offset", pa.int64()),
+    ("length", pa.int64()),
+    ("tensors", pa.list_(_TENSOR)),
+]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row to be written: its key, its tensors (uint16 arrays of bf16 bits) and its index columns."""
+
+    key: str
+    tensors: Mapping[str, np.ndarray]
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a record's bytes lie; `tensors` holds (name, shape, offset from the record's start, length)."""
+
+    shard: str
+    offset: int
+    length: int
+    tensors: tuple[tuple[str, tuple[int, ...], int, int], ...]
+
+
+class ShardStore:
+    """Shards and index below one URI, with `columns` (pyarrow types) in every index row besides the place."""
+
+    def __init__(self, uri: str, columns: Mapping[str, pa.DataType]) -> None:
+        self.uri = uri
+        self.columns = dict(columns)
+        fields = [*_PLACE, *self.columns.items()]
+        self.schema = pa.schema(fields, metadata={"k5dist.index_version": str(INDEX_VERSION)})
+
+    def write(self, records: Sequence[Record]) -> str:
+        """Publish one shard and then its index part; returns the shard's name."""
+        if not records:
+            raise ValueError("a shard holds at least one record")
+        records = sorted(records, key=lambda record: record.key)
+        name = hashlib.sha256("".join(record.key for record in records).encode()).hexdigest()[:24]
+        data, rows = _serialise(name, records)
+        storage.publish_bytes(storage.join(self.uri, "shards", f"{name}.safetensors"), data)
+        part = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows, schema=self.schema), part, compression="zstd")
+        storage.publish_bytes(storage.join(self.uri, "index", f"{name}.parquet"), part.getvalue())
+        return name
+
+    def index(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """All committed rows (of the named columns), one a key, sorted by key; empty where nothing is written."""
+        folder = storage.join(self.uri, "index")
+        names = [name for name in storage.list_folder(folder) if name.endswith(".parquet")]
+        wanted = None if columns is None else sorted({"key", *columns})
+        schema = self.schema if wanted is None else pa.schema([self.schema.field(name) for name in wanted])
+        if not names:
+            return schema.empty_table()
+        fs, path = storage.filesystem(folder)
+        paths = [f"{path}/{name}" for name in names]
+        # Two jobs on one cache may have encoded the same clip into different shards: one row a key is kept.
+        table = pq.ParquetDataset(paths, filesystem=fs).read(columns=wanted, use_threads=True).combine_chunks()
+        keys = table.column("key").to_numpy(zero_copy_only=False)
+        _, first = np.unique(keys.astype(str), return_index=True)
+        return table.take(pa.array(first)).cast(schema)
+
+    def keys(self) -> set[str]:
+        return set(self.index(["key"]).column("key").to_pylist())
+
+    def read(self, place: Place) -> dict[str, torch.Tensor]:
+        """A record's tensors, bfloat16 on CPU, by one range request."""
+        import torch
+
+        uri = storage.join(self.uri, "shards", f"{place.shard}.safetensors")
+        data = storage.read_bytes(uri, place.offset, place.offset + place.length)
+        if len(data) != place.length:
+            raise OSError(f"{uri}: {place.length} bytes at {place.offset} wanted, {len(data)} read")
+        buffer = torch.frombuffer(bytearray(data), dtype=torch.bfloat16)
+        return {
+            name: buffer[offset // 2 : (offset + length) // 2].reshape(shape)
+            for name, shape, offset, length in place.tensors
+        }
+
+
+def _serialise(shard: str, records: Sequence[Record]) -> tuple[bytes, list[dict[str, Any]]]:
+    """The shard's bytes in the safetensors format, and the index rows of its records.
+
+    Written out here because the order of tensors matters (a record's must be neighbours) and the library sorts its own
+    way; the format is eight bytes of header length, a JSON header padded to eight bytes, and the tensors' bytes.
+    """
+    header: dict[str, Any] = {"__metadata__": {"k5dist.index_version": str(INDEX_VERSION)}}
+    chunks: list[bytes] = []
+    rows: list[dict[str, Any]] = []
+    end = 0
+    for record in records:
+        start, parts = end, []
+        for name, array in record.tensors.items():
+            assert array.dtype == np.uint16, "cached tensors are bf16 bit patterns"
+            offsets = [end, end + array.nbytes]
+            header[f"{record.key}/{name}"] = {"dtype": "BF16", "shape": list(array.shape), "data_offsets": offsets}
+            parts.append({"name": name, "shape": list(array.shape), "offset": end - start, "length": array.nbytes})
+            chunks.append(array.tobytes())
+            end += array.nbytes
+        rows.append({"key": record.key, "shard": shard, "offset": start, "length": end - start, "tensors": parts})
+        rows[-1] |= record.columns
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    for row in rows:
+        row["offset"] += 8 + len(text)
+    return b"".join([len(text).to_bytes(8, "little"), text, *chunks]), rows
+
+
+def places(table: pa.Table) -> list[Place]:
+    """The `Place` of every row of an index."""
+    rows = table.select(["shard", "offset", "length", "tensors"]).to_pylist()
+    return [
+        Place(
+            row["shard"],
+            row["offset"],
+            row["length"],
+            tuple((t["name"], tuple(t["shape"]), t["offset"], t["length"]) for t in row["tensors"]),
+        )
+        for row in rows
+    ]

@@ -1,0 +1,229 @@
+"""The driver: takes a plan through its stages on a Ray cluster, and tells the user and the tracking server about it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from k5dist import storage
+from k5dist.cluster.gang import Gang
+from k5dist.cluster.session import ray_session
+from k5dist.cluster.videos import VideoQueue
+from k5dist.config import ConfigError
+from k5dist.console import Bar, progress_bar, say, show_table
+from k5dist.events import parse
+from k5dist.plan import RunPlan
+from k5dist.precache.manifest import Rejected, Row
+from k5dist.precache.pipeline import precache
+from k5dist.tracking.run import TrackedRun
+
+_KEPT_LINES = 200
+
+
+class TrainingFailed(Exception):
+    """The gang ended without finishing; the message holds the worker's own traceback or its last lines."""
+
+
+def ensure_generated(plan: RunPlan) -> None:
+    """Make the tiny flavours' checkpoint where the plan expects it, once."""
+    config = plan.config
+    if not config.flavour.generated or storage.exists(storage.join(plan.pretrained, "model_index.json")):
+        return
+    from transformers.utils import logging as transformers_logging
+
+    from k5dist.model.tiny import build_tiny_checkpoint
+
+    transformers_logging.disable_progress_bar()
+    with storage.scratch_folder("tiny") as folder:
+        architecture = config.to_mapping()["model"]
+        build_tiny_checkpoint(folder / "checkpoint", task=config.flavour.task, architecture=architecture)
+        storage.publish_folder(folder / "checkpoint", plan.pretrained, last="model_index.json")
+    say(f"made the checkpoint of {config.flavour.name}: {plan.pretrained}")
+
+
+def tracked_run(plan: RunPlan, artifact_root: str) -> TrackedRun:
+    """The MLflow run of this plan: the one that an earlier attempt began, or a new one."""
+    uri = storage.join(plan.run_uri, "tracking.json")
+    run_id = json.loads(storage.read_text(uri))["run_id"] if storage.exists(uri) else None
+    tags = {"flavour": plan.config.flavour.name, "run_fingerprint": plan.run_fingerprint}
+    tags |= {"cache_fingerprint": plan.cache_fingerprint, "run_uri": plan.run_uri}
+    return TrackedRun(
+        uri=plan.tracking_uri,
+        experiment=plan.config.tracking.experiment,
+        run_name=plan.name,
+        artifact_root=artifact_root,
+        run_id=run_id,
+        tags=tags,
+    )
+
+
+def run_stages(plan: RunPlan, tracked: TrackedRun, source: tuple[list[Row], list[Rejected]]) -> list[tuple[str, str]]:
+    """Everything after planning; returns the rows of the closing summary."""
+    ensure_generated(plan)
+    stages = plan.config.stages
+    summary: list[tuple[str, str]] = []
+    with ray_session(plan.config.cluster):
+        if "precache" in stages:
+            done = precache(plan, *source)
+            show_table("Precache", done.rows())
+            tracked.log_metrics(done.metrics(), step=0)
+            summary.append(("cache", plan.cache_uri))
+            if done.failures:
+                summary.append(("failed clips", f"{len(done.failures)}, see failures.parquet in the cache"))
+        if "train" in stages or "validate" in stages:
+            with TrainingStage(plan, tracked) as training:
+                training.run()
+                summary += training.summary()
+        if "export" in stages:
+            summary += _export(plan, tracked)
+    return summary
+
+
+class TrainingStage:
+    """Runs the gang to its end, over crashes, and turns the workers' events into metrics, videos and progress."""
+
+    def __init__(self, plan: RunPlan, tracked: TrackedRun) -> None:
+        self.plan, self.tracked = plan, tracked
+        self.videos = VideoQueue(plan)
+        self.last_step = 0
+        self.losses: dict[int, float] = {}
+        self.validation: dict[int, float] = {}
+        self.num_videos = 0
+        self.failure: dict[str, Any] | None = None
+        self.complete: bool | None = None
+        self.tail: list[str] = []
+        self._scratch = tempfile.TemporaryDirectory(prefix="k5dist-driver-")
+        self._log = (Path(self._scratch.name) / "train.log").open("w")
+
+    def __enter__(self) -> TrainingStage:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.videos.close()
+        self._log.close()
+        self.tracked.log_artifact(Path(self._log.name), "logs")
+        self._scratch.cleanup()
+
+    def run(self) -> None:
+        """Raises TrainingFailed, or KeyboardInterrupt once the workers have saved and ended."""
+        steps = self.plan.config.train.steps
+        restarts = 0
+        with progress_bar("train", steps) as bar:
+            while True:
+                step_before = self.last_step
+                crash = self._attempt(bar)
+                if crash is None:
+                    break
+                if self.last_step > step_before:
+                    restarts = 0  # it got somewhere: count crashes in a row
+                if restarts >= self.plan.config.cluster.max_restarts or not self._worth_a_restart():
+                    raise TrainingFailed(self._explanation(crash))
+                restarts += 1
+                say(f"the gang stopped ({crash}); restart {restarts} from the newest checkpoint")
+        self._log_videos(wait=True)
+        if self.complete is None:
+            raise TrainingFailed(self._explanation("the workers ended without a word"))
+
+    def _attempt(self, bar: Bar) -> str | None:
+        """One gang; None when it ended well, else what happened."""
+        self.failure, self.complete = None, None
+        with Gang(self.plan) as gang:
+            lines = gang.run()
+            try:
+                return self._follow(lines, bar)
+            except KeyboardInterrupt:
+                say("stopping: the workers finish their step and save a checkpoint (Ctrl-C again to drop it)")
+                gang.ask_to_stop()
+                self._follow(lines, bar)
+                raise
+            except ray.exceptions.RayActorError as error:
+                return f"a node was lost: {str(error).splitlines()[0]}"
+
+    def _follow(self, lines: Any, bar: Bar) -> str | None:
+        for piece in lines:
+            if isinstance(piece, int):
+                return None if piece == 0 else f"exit status {piece}"
+            event = parse(piece)
+            self._log.write(piece + "\n")
+            if event is not None:
+                self._on_event(event, bar)
+            elif piece.strip():
+                self.tail = [*self.tail[-_KEPT_LINES:], piece]
+            self._log_videos(wait=False)
+        return "the output ended without an exit status"
+
+    def _on_event(self, event: dict[str, Any], bar: Bar) -> None:
+        kind = event["kind"]
+        if kind == "step":
+            self.last_step = event["step"]
+            self.losses[event["step"]] = event["metrics"]["loss"]
+            self.tracked.log_metrics(event["metrics"], event["step"])
+            bar.to(event["step"], f"loss {event['metrics']['loss']:.4f}  {event['metrics']['step_seconds']:.2f} s/step")
+        elif kind == "validation":
+            self.validation[event["step"]] = event["losses"]["loss"]
+            metrics = {f"validation/{name}": value for name, value in event["losses"].items()}
+            self.tracked.log_metrics(metrics, event["step"])
+        elif kind == "videos":
+            self.videos.submit(event["step"], event["places"])
+        elif kind == "resumed":
+            say(f"resumed from the checkpoint of step {event['step']}")
+            self.last_step = event["step"]
+            bar.to(event["step"])
+        elif kind == "failed":
+            self.failure = self.failure or event
+        elif kind == "config_error":
+            raise ConfigError(event["key"], event["value"], event["rule"], event["fix"])
+        elif kind == "finished":
+            self.complete = event["complete"]
+
+    def _log_videos(self, *, wait: bool) -> None:
+        for step, place, data in self.videos.finished(wait=wait):
+            path = Path(self._scratch.name) / f"{place.rsplit('/', 1)[-1]}.mp4"
+            path.write_bytes(data)
+            self.tracked.log_video(path, step=step, name=path.stem)
+            self.num_videos += 1
+
+    def _worth_a_restart(self) -> bool:
+        """A worker that was killed, or lost its peers, may do better next time; one that raised will raise again."""
+        return self.failure is None or self.failure["communication"]
+
+    def _explanation(self, crash: str) -> str:
+        if self.failure is not None:
+            return f"rank {self.failure['rank']}: {self.failure['error']}\n{self.failure['traceback']}"
+        return "\n".join([crash, *self.tail[-40:]])
+
+    def summary(self) -> list[tuple[str, str]]:
+        rows = [("run", self.plan.run_uri)]
+        if self.losses:
+            first, last = min(self.losses), max(self.losses)
+            rows.append(("training loss", f"{self.losses[first]:.4f} (step {first}) → {self.losses[last]:.4f} (step {last})"))
+        if self.validation:
+            shown = ", ".join(f"{loss:.4f} (step {step})" for step, loss in sorted(self.validation.items()))
+            rows.append(("validation loss", shown))
+        if self.num_videos:
+            rows.append(("videos", f"{self.num_videos} in {storage.join(self.plan.run_uri, 'validation')}"))
+        return rows
+
+
+def _export(plan: RunPlan, tracked: TrackedRun) -> list[tuple[str, str]]:
+    from k5dist.export import export_run
+
+    gpus = 1 if plan.world.device == "cuda" else 0
+    report = ray.get(ray.remote(num_cpus=1, num_gpus=gpus)(export_run).remote(plan))
+    tracked.log_text(json.dumps(asdict(report), indent=2), "export.json")
+    if plan.config.adapter == "lora":
+        with tempfile.TemporaryDirectory(prefix="k5dist-driver-") as folder:
+            for name in report.files:
+                if name.endswith(".safetensors"):
+                    local = Path(folder) / name
+                    local.write_bytes(storage.read_bytes(storage.join(report.uri, name)))
+                    tracked.log_artifact(local, "export")
+    metrics = {"export/error": report.error, "export/difference_to_base": report.difference_to_base}
+    tracked.log_metrics(metrics, report.step)
+    verified = f"verified: error {report.error:.1e} against the trained model, {report.difference_to_base:.1e} without"
+    return [("export", report.uri), ("", verified)]

@@ -1,0 +1,233 @@
+"""The training gang: one torchrun agent a node on a Ray placement group, its output streamed to the driver.
+
+torchrun itself restarts nothing. When a worker or a node dies the whole gang is stopped and started again, under a new
+rendezvous, from the newest checkpoint: one policy that is right whichever node died.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from k5dist.config import ConfigError
+from k5dist.plan import RunPlan
+
+WORKER_MODULE = "k5dist.train.worker"
+_PLACE_SECONDS = 60
+_BATCH_SECONDS = 0.1
+# What Ray and an outer torchrun leave in the environment would mislead the inner one.
+_STRIPPED = ("RAY_", "TORCHELASTIC_", "MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK", "ROLE_")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What every agent of one attempt is told."""
+
+    plan_uri: str
+    nodes: int
+    workers_per_node: int
+    endpoint: str
+    attempt_id: str
+
+
+@ray.remote
+class Agent:
+    """A node's torchrun agent: starts it, streams its lines, passes on signals."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[str] | None = None
+
+    def endpoint(self) -> str:
+        import socket
+
+        with socket.socket() as free:
+            free.bind(("", 0))
+            return f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+
+    def run(self, launch: Launch, is_host: bool) -> Iterator[list[str] | int]:
+        """Yields lists of lines as they come, and the exit status last."""
+        self.process = subprocess.Popen(
+            _torchrun(launch, is_host, ray.util.get_node_ip_address()),
+            env=_environment(launch),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )
+        lines: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=_pump, args=(self.process.stdout, lines), daemon=True).start()
+        ended = False
+        while not ended:
+            batch = []
+            line = lines.get()
+            deadline = time.monotonic() + _BATCH_SECONDS
+            while line is not None:
+                batch.append(line)
+                try:
+                    line = lines.get(timeout=max(0.0, deadline - time.monotonic()))
+                except queue.Empty:
+                    break
+            else:
+                ended = True
+            if batch:
+                yield batch
+        yield self.process.wait()
+
+    def ask_to_stop(self) -> None:
+        """Signal the workers (not torchrun, which would kill them): they save and end at the next step."""
+        for worker in self._workers():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.send_signal(signal.SIGUSR1)
+
+    def kill(self) -> None:
+        """End everything this agent started."""
+        if self.process is None:
+            return
+        with contextlib.suppress(psutil.NoSuchProcess):
+            agent = psutil.Process(self.process.pid)
+            for process in [*agent.children(recursive=True), agent]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+
+    def _workers(self) -> list[psutil.Process]:
+        if self.process is None or self.process.poll() is not None:
+            return []
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return [child for child in children if WORKER_MODULE in " ".join(_command_line(child))]
+
+
+def _command_line(process: psutil.Process) -> list[str]:
+    with contextlib.suppress(psutil.Error):
+        return process.cmdline()
+    return []
+
+
+def _die_with_parent() -> None:
+    from k5dist.train.signals import die_with_parent
+
+    # Ray blocks SIGINT in what it starts, and a blocked signal stays blocked in children.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    die_with_parent()
+
+
+def _pump(stream: Any, lines: queue.Queue[str | None]) -> None:
+    for line in stream:
+        lines.put(line.rstrip("\n"))
+    lines.put(None)
+
+
+def _torchrun(launch: Launch, is_host: bool, address: str) -> list[str]:
+    options = [
+        f"--nnodes={launch.nodes}",
+        f"--nproc-per-node={launch.workers_per_node}",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={launch.endpoint}",
+        f"--rdzv-id={launch.attempt_id}",
+        f"--rdzv-conf=is_host={'true' if is_host else 'false'},join_timeout=120,last_call_timeout=5",
+        f"--local-addr={address}",
+        "--max-restarts=0",
+        "--monitor-interval=0.2",
+        "--tee=3",
+    ]
+    return [sys.executable, "-m", "torch.distributed.run", *options, "-m", WORKER_MODULE, launch.plan_uri]
+
+
+def _environment(launch: Launch) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(_STRIPPED)}
+    threads = max(1, (os.cpu_count() or 1) // launch.workers_per_node)
+    fixed = {
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": str(threads),
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # a shared store keeps stale keys over restarts
+        "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] ",
+    }
+    return {**kept, **fixed}
+
+
+class Gang:
+    """The placement group and its agents; a context manager that leaves nothing running."""
+
+    def __init__(self, plan: RunPlan) -> None:
+        self.plan = plan
+        self._group: PlacementGroup | None = None
+        self._agents: list[Any] = []
+
+    def __enter__(self) -> Gang:
+        world = self.plan.world
+        gpus = world.workers_per_node if world.device == "cuda" else 0
+        bundle: dict[str, float] = {"CPU": 1, **({"GPU": gpus} if gpus else {})}
+        strategy = "STRICT_SPREAD" if world.nodes > 1 else "STRICT_PACK"
+        self._group = placement_group([bundle] * world.nodes, strategy=strategy)
+        try:
+            ready, _ = ray.wait([self._group.ready()], timeout=_PLACE_SECONDS)
+            if not ready:
+                have = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
+                alive = sum(node["Alive"] for node in ray.nodes())
+                rule = f"the Ray cluster cannot give {world.nodes} node(s) with {bundle} each (free: {have} on {alive} nodes)"
+                raise ConfigError("cluster.nodes", world.nodes, rule, "ask for less, or add nodes and try again")
+            for i in range(world.nodes):
+                place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=i)
+                options = {"num_cpus": 1, "num_gpus": gpus, "max_concurrency": 4, "scheduling_strategy": place}
+                self._agents.append(Agent.options(**options).remote())  # type: ignore[attr-defined]
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for agent in self._agents:
+            with contextlib.suppress(Exception):
+                ray.get(agent.kill.remote(), timeout=10)
+            with contextlib.suppress(Exception):
+                ray.kill(agent)
+        self._agents = []
+        if self._group is not None:
+            remove_placement_group(self._group)
+            self._group = None
+
+    def ask_to_stop(self) -> None:
+        ray.get([agent.ask_to_stop.remote() for agent in self._agents], timeout=30)
+
+    def run(self) -> Iterator[str | int]:
+        """One attempt: yields every line of every node; the worst exit status last.
+
+        Raises:
+            ray.exceptions.RayActorError: when a node or its agent is lost.
+        """
+        world = self.plan.world
+        endpoint = ray.get(self._agents[0].endpoint.remote())
+        launch = Launch(self.plan.plan_uri, world.nodes, world.workers_per_node, endpoint, uuid.uuid4().hex[:12])
+        streams = {
+            agent.run.options(num_returns="streaming").remote(launch, i == 0): i for i, agent in enumerate(self._agents)
+        }
+        statuses = []
+        while streams:
+            ready, _ = ray.wait(list(streams), num_returns=1, fetch_local=False)
+            for stream in ready:
+                try:
+                    piece = ray.get(next(stream))
+                except StopIteration:
+                    del streams[stream]
+                    continue
+                if isinstance(piece, int):
+                    statuses.append(piece)
+                else:
+                    yield from piece
+        yield max((abs(status) for status in statuses), default=1)

@@ -1,0 +1,90 @@
+"""A Ray session for the length of a run: one of our own on this machine, or a cluster that already runs."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+
+from k5dist.config import ClusterConfig, ConfigError
+from k5dist.plan import ClusterFacts
+
+_ATTACH_SECONDS = 30
+_PROPAGATED = ("AWS_", "S3_", "FSSPEC_", "HF_", "CUDA_", "NCCL_", "GLOO_", "TORCH_", "OMP_")
+
+
+def local_facts(config: ClusterConfig) -> ClusterFacts:
+    """GPUs of a node: as configured, else those that the driver sees on this machine."""
+    name, count = _local_gpus()
+    if config.gpus_per_node is not None:
+        return ClusterFacts(config.gpus_per_node, name)
+    return ClusterFacts(count, name)
+
+
+def _local_gpus() -> tuple[str | None, int]:
+    """Name and number of this machine's GPUs, by NVML: importing torch for it would take seconds."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        count = pynvml.nvmlDeviceGetCount()
+        name = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0)) if count else None
+    except pynvml.NVMLError:
+        return None, 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        count = len([entry for entry in visible.split(",") if entry.strip() not in ("", "-1")])
+    return (name.decode() if isinstance(name, bytes) else name), count
+
+
+@contextlib.contextmanager
+def ray_session(config: ClusterConfig) -> Iterator[None]:
+    """Ray, initialised; on the way out it is shut down, and a session of our own leaves no process behind.
+
+    Raises:
+        ConfigError: when a cluster's address does not answer.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray would otherwise pack the whole working folder when it finds a project file in it.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    if config.kind == "local" and not config.address:
+        cores = max(2, os.cpu_count() or 1)  # precache streams through at least two workers
+        ray.init(address="local", include_dashboard=False, num_cpus=cores, **quiet)
+    else:
+        _attach(config.address or os.environ.get("RAY_ADDRESS", "auto"), quiet)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _attach(address: str, options: dict[str, Any]) -> None:
+    """`ray.init` on an address that does not answer retries for minutes; a person wants to know sooner."""
+    failure: list[BaseException] = []
+
+    def reach() -> None:
+        try:
+            from ray._private.services import canonicalize_bootstrap_address_or_die
+            from ray._raylet import GcsClient
+
+            GcsClient(address=canonicalize_bootstrap_address_or_die(address)).get_all_node_info(timeout=10)
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=reach, daemon=True)
+    thread.start()
+    thread.join(_ATTACH_SECONDS)
+    if thread.is_alive() or failure:
+        reason = str(failure[0]).splitlines()[0] if failure else f"no answer in {_ATTACH_SECONDS} s"
+        fix = "start one with `ray start --head`, or set cluster.address=<host:port>, or cluster=local"
+        raise ConfigError("cluster.address", address, f"a Ray cluster must run there ({reason})", fix)
+    environment = {k: v for k, v in os.environ.items() if k.startswith(_PROPAGATED)}
+    ray.init(address=address, runtime_env={"env_vars": environment}, **options)

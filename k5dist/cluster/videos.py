@@ -1,0 +1,85 @@
+"""Decoding validation latents into videos on a Ray worker, beside the training and never on its GPUs."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from k5dist import storage
+from k5dist.plan import RunPlan
+
+
+@ray.remote
+class VideoDecoder:
+    """Loads the VAE once; decodes one latent file after another."""
+
+    def __init__(self, pretrained: str, task: str, frame_rate: float) -> None:
+        import torch
+
+        from k5dist.model.encoders import VideoAutoencoder
+
+        self.vae = VideoAutoencoder(pretrained, "cuda" if torch.cuda.is_available() else "cpu")
+        self.task, self.frame_rate = task, frame_rate
+
+    def decode(self, place: str) -> bytes:
+        """`<place>.safetensors` → `<place>.mp4` beside it; returns the video's bytes."""
+        import safetensors.torch
+
+        from k5dist.precache.video import encode_mp4
+
+        latents = safetensors.torch.load(storage.read_bytes(f"{place}.safetensors"))["latents"]
+        if self.task == "i2v":
+            latents = _normalise_first_frames(latents)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "video.mp4"
+            encode_mp4(self.vae.decode(latents), path, frame_rate=self.frame_rate)
+            storage.publish_file(path, f"{place}.mp4")
+            return path.read_bytes()
+
+
+def _normalise_first_frames(latents_THWC: Any) -> Any:
+    """The image-to-video pipeline's own last step: the first frames take the statistics of those after them."""
+    from diffusers import Kandinsky5I2VPipeline
+
+    names = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler")
+    nothing: Any = dict.fromkeys(names)
+    return Kandinsky5I2VPipeline(**nothing).normalize_first_frame(latents_THWC[None])[0]
+
+
+class VideoQueue:
+    """The driver's end: places go in, finished videos come out, in order, whenever they are ready."""
+
+    def __init__(self, plan: RunPlan) -> None:
+        self.plan = plan
+        self._decoder: Any = None
+        self._waiting: list[tuple[int, str, Any]] = []
+
+    def submit(self, step: int, places: list[str]) -> None:
+        if self._decoder is None:
+            config = self.plan.config
+            # A spare GPU if the cluster has one; else a CPU decodes, later but without taking from the training.
+            spare = ray.available_resources().get("GPU", 0) >= 1
+            options: dict[str, Any] = {"num_gpus": 1, "num_cpus": 0} if spare else {"num_gpus": 0, "num_cpus": 0.5}
+            self._decoder = VideoDecoder.options(**options).remote(  # type: ignore[attr-defined]
+                self.plan.pretrained, config.flavour.task, config.data.frame_rate
+            )
+        self._waiting += [(step, place, self._decoder.decode.remote(place)) for place in places]
+
+    def finished(self, *, wait: bool = False) -> list[tuple[int, str, bytes]]:
+        """(step, place, mp4 bytes) of what is done; with `wait`, of everything that was submitted."""
+        done = []
+        while self._waiting:
+            step, place, reference = self._waiting[0]
+            if not wait and not ray.wait([reference], timeout=0)[0]:
+                break
+            self._waiting.pop(0)
+            done.append((step, place, ray.get(reference)))
+        return done
+
+    def close(self) -> None:
+        if self._decoder is not None:
+            ray.kill(self._decoder)
+            self._decoder = None

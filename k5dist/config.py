@@ -1,0 +1,366 @@
+"""The run's configuration as frozen dataclasses, with every rule that needs nothing but the configuration itself.
+
+Pure Python on purpose: composing and refusing a configuration must take milliseconds. Defaults, units and meanings of
+the keys stand in one place, `conf/`; this module holds none, so a key that is missing there is an error here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from k5dist.schema import ConfigError, build, nearest, one_of, positive
+
+__all__ = ["ConfigError", "RunConfig", "nearest"]
+
+STAGES = ("plan", "precache", "train", "validate", "export")
+SD_RESOLUTIONS = ((512, 512), (512, 768), (768, 512))
+HD_RESOLUTIONS = ((1024, 1024), (640, 1408), (1408, 640), (768, 1280), (1280, 768), (896, 1152), (1152, 896))
+RESOLUTION_PRESETS = {"sd": SD_RESOLUTIONS, "hd": HD_RESOLUTIONS}
+VAE_TIME_COMPRESSION = 4
+VAE_SPACE_COMPRESSION = 8
+PATCH = 2
+NABLA_BLOCK = 8  # a NABLA block is 8 × 8 tokens of one latent frame
+RECOMMENDED_GUIDANCE = (2.0, 6.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlavourConfig:
+    name: str
+    task: str
+    generated: bool
+
+    def __post_init__(self) -> None:
+        one_of("flavour.task", self.task, ("t2v", "i2v"))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The checkpoint's `transformer/config.json`, as far as planning needs it. Names are diffusers'."""
+
+    model_dim: int
+    ff_dim: int
+    time_dim: int
+    num_text_blocks: int
+    num_visual_blocks: int
+    axes_dims: tuple[int, ...]
+    in_text_dim: int
+    in_text_dim2: int
+    in_visual_dim: int
+    out_visual_dim: int
+    visual_cond: bool
+    attention_type: str
+    attention_P: float | None  # noqa: N815 (diffusers' name)
+    attention_wT: int | None  # noqa: N815
+    attention_wW: int | None  # noqa: N815
+    attention_wH: int | None  # noqa: N815
+    attention_add_sta: bool | None
+
+    def __post_init__(self) -> None:
+        one_of("model.attention_type", self.attention_type, ("regular", "nabla"))
+
+    @property
+    def head_dim(self) -> int:
+        return sum(self.axes_dims)
+
+    @property
+    def num_heads(self) -> int:
+        return self.model_dim // self.head_dim
+
+    @property
+    def is_sparse(self) -> bool:
+        return self.attention_type == "nabla"
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    rank: int
+    alpha: float
+    targets: str
+
+    def __post_init__(self) -> None:
+        positive("lora.rank", self.rank)
+        positive("lora.alpha", self.alpha)
+        one_of("lora.targets", self.targets, ("attention", "attention+ffn"))
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    source: str | None
+    resolution: str | tuple[int, ...]
+    num_frames: int
+    frame_rate: float
+    held_out: float
+
+    def __post_init__(self) -> None:
+        check_num_frames("data.num_frames", self.num_frames)
+        positive("data.frame_rate", self.frame_rate)
+        for height, width in parse_resolution("data.resolution", self.resolution):
+            _check_sides("data.resolution", height, width)
+        if not 0 <= self.held_out < 1:
+            raise ConfigError("data.held_out", self.held_out, "a share of the clips, 0 ≤ share < 1", "data.held_out=0.05")
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecacheConfig:
+    shard_size_mib: int
+    max_failure_ratio: float
+    text_batch_size: int
+    vae_workers: int | None
+    decode_workers: int | None
+    max_text_tokens: int
+    prompt_template: str | None
+    prompt_template_start: int | None
+    latents: str
+
+    def __post_init__(self) -> None:
+        for name in ("shard_size_mib", "text_batch_size", "max_text_tokens"):
+            positive(f"precache.{name}", getattr(self, name))
+        if not 0 <= self.max_failure_ratio <= 1:
+            fix = "precache.max_failure_ratio=0.1"
+            raise ConfigError("precache.max_failure_ratio", self.max_failure_ratio, "a share, 0 ≤ share ≤ 1", fix)
+        one_of("precache.latents", self.latents, ("sample", "mode"))
+        if (self.prompt_template is None) != (self.prompt_template_start is None):
+            rule = "a template and the number of its tokens to cut off belong together"
+            raise ConfigError("precache.prompt_template_start", self.prompt_template_start, rule, "set both or neither")
+        if self.prompt_template is not None and "{}" not in self.prompt_template:
+            rule = "the prompt goes where the template says {}"
+            raise ConfigError("precache.prompt_template", self.prompt_template, rule, "put {} into the template")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    steps: int
+    batch_size: int | None
+    seed: int
+    precision: str
+    activation_checkpointing: bool
+    compile: bool
+    timestep_mean: float
+    timestep_std: float
+    timestep_shift: float | None
+    caption_dropout: float
+
+    def __post_init__(self) -> None:
+        positive("train.steps", self.steps)
+        if self.batch_size is not None:
+            positive("train.batch_size", self.batch_size)
+        positive("train.timestep_std", self.timestep_std)
+        one_of("train.precision", self.precision, ("bf16", "fp32"))
+        if not 0 <= self.caption_dropout <= 1:
+            rule = "a probability, 0 ≤ p ≤ 1"
+            raise ConfigError("train.caption_dropout", self.caption_dropout, rule, "train.caption_dropout=0.1")
+        if self.timestep_shift is not None:
+            positive("train.timestep_shift", self.timestep_shift)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    lr: float
+    betas: tuple[float, ...]
+    eps: float
+    weight_decay: float
+    max_grad_norm: float
+    schedule: str
+    warmup_steps: int
+
+    def __post_init__(self) -> None:
+        positive("optimizer.lr", self.lr)
+        positive("optimizer.max_grad_norm", self.max_grad_norm)
+        one_of("optimizer.schedule", self.schedule, ("constant", "cosine"))
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise ConfigError("optimizer.betas", self.betas, "two numbers, 0 ≤ β < 1", "optimizer.betas=[0.9,0.99]")
+        if self.warmup_steps < 0:
+            raise ConfigError("optimizer.warmup_steps", self.warmup_steps, "steps ≥ 0", "optimizer.warmup_steps=0")
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    shard: int | None
+    replicate: int
+    context: int
+
+    def __post_init__(self) -> None:
+        for name in ("shard", "replicate", "context"):
+            if getattr(self, name) is not None:
+                positive(f"parallel.{name}", getattr(self, name))
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterConfig:
+    kind: str
+    nodes: int
+    gpus_per_node: int | None
+    workers_per_node: int | None
+    address: str | None
+    max_restarts: int
+
+    def __post_init__(self) -> None:
+        one_of("cluster.kind", self.kind, ("local", "ray", "slurm", "kubernetes"))
+        positive("cluster.nodes", self.nodes)
+        if self.gpus_per_node is not None and self.gpus_per_node < 0:
+            raise ConfigError("cluster.gpus_per_node", self.gpus_per_node, "GPUs ≥ 0", "cluster.gpus_per_node=8")
+        if self.workers_per_node is not None:
+            positive("cluster.workers_per_node", self.workers_per_node)
+        if self.max_restarts < 0:
+            raise ConfigError("cluster.max_restarts", self.max_restarts, "restarts ≥ 0", "cluster.max_restarts=3")
+
+
+@dataclasses.dataclass(frozen=True)
+class StorageConfig:
+    root: str
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackingConfig:
+    uri: str | None
+    experiment: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationConfig:
+    prompts: tuple[str, ...]
+    negative_prompt: str
+    every: int
+    guidance: float
+    num_frames: int | None
+    resolution: tuple[int, ...] | None
+    sampling_steps: int
+    timesteps: int
+
+    def __post_init__(self) -> None:
+        if self.num_frames is not None:
+            check_num_frames("validation.num_frames", self.num_frames)
+        if self.resolution is not None:
+            ((height, width),) = parse_resolution("validation.resolution", self.resolution)
+            _check_sides("validation.resolution", height, width)
+        if self.every < 0:
+            raise ConfigError("validation.every", self.every, "steps ≥ 0 (0: at the end only)", "validation.every=100")
+        if self.guidance < 1:
+            rule = "classifier-free guidance ≥ 1 (1: none; 2…6 looks right)"
+            raise ConfigError("validation.guidance", self.guidance, rule, "validation.guidance=5.0")
+        positive("validation.sampling_steps", self.sampling_steps)
+        positive("validation.timesteps", self.timesteps)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every: int
+    keep: int
+
+    def __post_init__(self) -> None:
+        positive("checkpoint.every", self.every)
+        positive("checkpoint.keep", self.keep)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """One run, whole. `from_mapping` is the only way in; what it returns has passed every rule of this module."""
+
+    name: str | None
+    stages: tuple[str, ...]
+    flavour: FlavourConfig
+    pretrained: str
+    model: ModelConfig
+    adapter: str
+    lora: LoraConfig
+    data: DataConfig
+    precache: PrecacheConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    parallel: ParallelConfig
+    cluster: ClusterConfig
+    storage: StorageConfig
+    tracking: TrackingConfig
+    validation: ValidationConfig
+    checkpoint: CheckpointConfig
+    resume: str
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> RunConfig:
+        return build(cls, mapping, "")
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain dicts, lists and scalars: what JSON and YAML can hold; `from_mapping` takes it back."""
+        return dataclasses.asdict(self)
+
+    def __post_init__(self) -> None:
+        for stage in self.stages:
+            one_of("stages", stage, STAGES)
+        if not self.stages:
+            raise ConfigError("stages", [], "at least one stage", f"stages=[{','.join(STAGES)}]")
+        one_of("adapter", self.adapter, ("lora", "full"))
+        one_of("resume", self.resume, ("auto", "never"))
+        if self.pretrained == "???":
+            rule = f"flavour {self.flavour.name} names no public repository"
+            raise ConfigError("pretrained", None, rule, "pretrained=<hub id, local folder or s3:// URI>")
+        if self.model.is_sparse:
+            self._check_nabla()
+        if self.model.num_heads % self.parallel.context:
+            heads = self.model.num_heads
+            divisors = [d for d in range(1, heads + 1) if heads % d == 0]
+            rule = f"Ulysses splits attention heads: the degree must divide the model's {heads} heads"
+            fix = f"parallel.context= one of {', '.join(map(str, divisors))}"
+            raise ConfigError("parallel.context", self.parallel.context, rule, fix)
+        if self.flavour.task == "i2v" and self.validation_shape[0] < 17:
+            rule = "the image-to-video pipeline normalises 5 latent frames after the first: at least 17 frames"
+            raise ConfigError("validation.num_frames", self.validation_shape[0], rule, "validation.num_frames=17")
+
+    def _check_nabla(self) -> None:
+        shapes = [("data.resolution", h, w) for h, w in self.resolutions]
+        shapes.append(("validation.resolution", *self.validation_shape[1:]))
+        unit = VAE_SPACE_COMPRESSION * PATCH * NABLA_BLOCK
+        for key, height, width in shapes:
+            if height % unit or width % unit:
+                near = f"[{_nearest_multiple(height, unit)},{_nearest_multiple(width, unit)}]"
+                rule = f"NABLA attention works on blocks of 8 × 8 tokens: sides must be multiples of {unit} pixels"
+                raise ConfigError(key, [height, width], rule, f"{key}={near}")
+
+    @property
+    def resolutions(self) -> tuple[tuple[int, int], ...]:
+        return parse_resolution("data.resolution", self.data.resolution)
+
+    @property
+    def validation_shape(self) -> tuple[int, int, int]:
+        """Frames, height and width of the validation videos, in pixels."""
+        height, width = self.validation.resolution or _default_resolution(self.resolutions)
+        return (self.validation.num_frames or self.data.num_frames, height, width)
+
+
+def parse_resolution(key: str, value: str | tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """`[height, width]`, `"512x768"` (height × width) or a preset's name, as a tuple of (height, width)."""
+    if isinstance(value, str):
+        if value in RESOLUTION_PRESETS:
+            return RESOLUTION_PRESETS[value]
+        sides = value.lower().split("x")
+        if len(sides) == 2 and all(side.isdigit() for side in sides):
+            return ((int(sides[0]), int(sides[1])),)
+    elif len(value) == 2:
+        return ((int(value[0]), int(value[1])),)
+    rule = f"[height, width] in pixels, or a preset: {', '.join(RESOLUTION_PRESETS)}"
+    raise ConfigError(key, value, rule, f"{key}=[512,768]")
+
+
+def check_num_frames(key: str, frames: int) -> None:
+    if frames < 1 or (frames - 1) % VAE_TIME_COMPRESSION:
+        below = max(1, (frames - 1) // VAE_TIME_COMPRESSION * VAE_TIME_COMPRESSION + 1)
+        rule = "the VAE keeps the first frame and compresses the others in time by 4: frames must be 4k + 1"
+        raise ConfigError(key, frames, rule, f"{key}={below} or {key}={below + VAE_TIME_COMPRESSION}")
+
+
+def _default_resolution(resolutions: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+    """The model cards' own example among a preset's resolutions, else the first."""
+    return next((r for r in resolutions if r in ((512, 768), (768, 1280))), resolutions[0])
+
+
+def _check_sides(key: str, height: int, width: int) -> None:
+    unit = VAE_SPACE_COMPRESSION * PATCH
+    if height < unit or width < unit or height % unit or width % unit:
+        near = f"[{_nearest_multiple(height, unit)},{_nearest_multiple(width, unit)}]"
+        rule = f"sides must be multiples of {unit} pixels (VAE 8 × patch 2)"
+        raise ConfigError(key, [height, width], rule, f"{key}={near}")
+
+
+def _nearest_multiple(value: int, unit: int) -> int:
+    return max(unit, round(value / unit) * unit)

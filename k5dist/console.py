@@ -1,0 +1,67 @@
+"""The terminal: tables, progress bars, and plain lines where nobody watches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+_PLAIN_WIDTH = 140  # of tables in a log file
+
+console = Console(highlight=False, soft_wrap=True)
+if not console.is_terminal:
+    console.width = _PLAIN_WIDTH
+_PLAIN_INTERVAL = 5.0  # seconds between lines of progress without a terminal
+
+
+def say(text: str) -> None:
+    """One line for the user, verbatim (no markup)."""
+    console.print(text, markup=False)
+
+
+def show_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    console.print(table)
+
+
+class Bar:
+    """One long stage's progress; `advance` and `to` from one thread."""
+
+    def __init__(self, name: str, total: int, progress: Progress | None) -> None:
+        self.name, self.total, self.done = name, total, 0
+        self._progress = progress
+        self._task = progress.add_task(name, total=total, note="") if progress else None
+        self._last_line = time.monotonic()
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        self.to(self.done + count, note)
+
+    def to(self, done: int, note: str = "") -> None:
+        self.done = done
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=done, note=note)
+            return
+        now = time.monotonic()
+        if done >= self.total or now - self._last_line >= _PLAIN_INTERVAL:
+            self._last_line = now
+            say(f"{self.name}: {done}/{self.total}{'  ' + note if note else ''}")
+
+
+@contextmanager
+def progress_bar(name: str, total: int) -> Iterator[Bar]:
+    if not console.is_terminal:
+        yield Bar(name, total, None)
+        return
+    columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    columns += [TimeRemainingColumn(), TextColumn("{task.fields[note]}")]
+    with Progress(*columns, console=console, transient=False) as progress:
+        yield Bar(name, total, progress)

@@ -1,0 +1,262 @@
+"""A committed checkpoint → what diffusers loads, proved by loading it there.
+
+LoRA: `pytorch_lora_weights.safetensors`; full fine-tune: a `transformer/` folder. The proof drives the inference
+pipeline itself with the export and compares its latents with those the trained model sampled (the run's probe).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from k5dist import storage
+from k5dist.config import ConfigError
+from k5dist.model.attention import AttentionProcessor
+from k5dist.model.pretrained import component_folder
+from k5dist.model.transformer import build_transformer
+from k5dist.plan import RunPlan
+from k5dist.train.checkpoint import committed_steps, step_folder
+from k5dist.train.validate import read_tensors
+from k5dist.train.worker import PROBE
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+REPORT = "export.json"
+_SHARD_BYTES = 5 * 2**30
+TOLERANCE = {"fp32": 1e-3, "bf16": 6e-2}  # relative error of two guided steps; RoPE rounds q and k to bf16 in any case
+
+
+class ExportMismatch(Exception):
+    """The exported model does not give what the trained model gave; nothing was published."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was exported and how it compared: relative errors ‖a − b‖ / ‖b‖ of latents."""
+
+    step: int
+    uri: str
+    files: tuple[str, ...]
+    error: float
+    tolerance: float
+    difference_to_base: float
+
+
+def export_run(plan: RunPlan) -> ExportReport:
+    """Export the newest committed checkpoint to `<run>/export`, verified.
+
+    Raises:
+        ConfigError: when the run has no checkpoint yet.
+        ExportMismatch: when the inference pipeline disagrees with the trained model.
+    """
+    steps = committed_steps(plan.checkpoints_uri, plan.run_fingerprint)
+    if not steps:
+        rule = "the run has no committed checkpoint to export"
+        raise ConfigError("stages", list(plan.config.stages), rule, "run with train among the stages")
+    target = storage.join(plan.run_uri, "export")
+    done = _finished(target, steps[-1])
+    if done:
+        return done
+    with storage.scratch_folder("export") as folder:
+        out = folder / "export"
+        out.mkdir()
+        checkpoint = storage.fetch_folder(
+            storage.join(plan.checkpoints_uri, step_folder(steps[-1])), folder / "checkpoint"
+        )
+        if plan.config.adapter == "lora":
+            _write_lora(plan, checkpoint, out)
+        else:
+            _write_transformer(plan, checkpoint, out / "transformer")
+        error, difference = _verify(plan, out)
+        files = tuple(sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()))
+        tolerance = TOLERANCE[plan.config.train.precision]
+        report = ExportReport(steps[-1], target, files, error, tolerance, difference)
+        if not error <= tolerance:
+            raise ExportMismatch(
+                f"the exported model's latents differ from the trained model's by {error:.2e} (allowed {tolerance:.0e})"
+            )
+        (out / REPORT).write_text(json.dumps(asdict(report), indent=2))
+        storage.publish_folder(out, target, last=REPORT)
+    return report
+
+
+def _finished(target: str, step: int) -> ExportReport | None:
+    uri = storage.join(target, REPORT)
+    if not storage.exists(uri):
+        return None
+    found = json.loads(storage.read_text(uri))
+    return ExportReport(**{**found, "files": tuple(found["files"])}) if found["step"] == step else None
+
+
+def _model_tensors(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
+    metadata = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    prefix = "model."
+    return {
+        key.removeprefix(prefix): value
+        for key, value in metadata.items()
+        if key.startswith(prefix) and isinstance(value, TensorStorageMetadata)
+    }
+
+
+def _read(checkpoint: Path, entries: dict[str, TensorStorageMetadata]) -> dict[str, Tensor]:
+    """Tensors of a checkpoint, whole, by one process without a group."""
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
+    dcp.load({"model": tensors}, checkpoint_id=str(checkpoint), no_dist=True)
+    return tensors
+
+
+def _write_lora(plan: RunPlan, checkpoint: Path, out: Path) -> None:
+    from diffusers import Kandinsky5T2VPipeline
+    from peft import get_peft_model_state_dict
+
+    dtype = torch.bfloat16
+    transformer: Any = build_transformer(plan.pretrained, plan.config.model, lora=plan.config.lora, dtype=dtype)
+    tensors = _read(checkpoint, _model_tensors(checkpoint))
+    layers = get_peft_model_state_dict(transformer, state_dict=tensors)
+    assert len(layers) == len(tensors), "every adapter tensor has a place in PEFT's format"
+    Kandinsky5T2VPipeline.save_lora_weights(
+        str(out),
+        transformer_lora_layers=layers,
+        transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
+        weight_name=LORA_FILE,
+    )
+
+
+def _write_transformer(plan: RunPlan, checkpoint: Path, out: Path) -> None:
+    """A diffusers folder, written a few GiB at a time, in the types the model computed with."""
+    from diffusers import Kandinsky5Transformer3DModel
+
+    out.mkdir(parents=True)
+    keep_fp32 = tuple(Kandinsky5Transformer3DModel._keep_in_fp32_modules)
+    compute = torch.bfloat16 if plan.config.train.precision == "bf16" else torch.float32
+    groups = list(_groups(_model_tensors(checkpoint)))
+    weight_map = {}
+    for number, group in enumerate(groups, start=1):
+        suffix = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
+        file = f"diffusion_pytorch_model{suffix}.safetensors"
+        tensors = {
+            name: tensor.to(torch.float32 if any(p in keep_fp32 for p in name.split(".")) else compute)
+            for name, tensor in _read(checkpoint, group).items()
+        }
+        safetensors.torch.save_file(tensors, out / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+    if len(groups) > 1:
+        index = {"metadata": {}, "weight_map": weight_map}
+        (out / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    config = component_folder(plan.pretrained, "transformer") / "config.json"
+    (out / "config.json").write_bytes(config.read_bytes())
+
+
+def _groups(entries: dict[str, TensorStorageMetadata]) -> Iterator[dict[str, TensorStorageMetadata]]:
+    group: dict[str, TensorStorageMetadata] = {}
+    size = 0
+    for name, entry in sorted(entries.items()):
+        size += entry.size.numel() * 4
+        group[name] = entry
+        if size >= _SHARD_BYTES:
+            yield group
+            group, size = {}, 0
+    if group:
+        yield group
+
+
+def _verify(plan: RunPlan, out: Path) -> tuple[float, float]:
+    """Relative errors of the pipeline's latents: with the export against the trained model, and base against it."""
+    probe = read_tensors(storage.join(plan.run_uri, PROBE))
+    trained = probe["latents"].float()
+    base_folder = component_folder(plan.pretrained, "transformer")
+    base = _pipeline(plan, base_folder)
+    if "first_frame" in probe:  # the pipeline evens out the first frames after sampling
+        trained = base.normalize_first_frame(trained[None])[0]
+    difference = _relative_error(_sample(plan, base, probe), trained)
+    if plan.config.adapter == "lora":
+        base.load_lora_weights(str(out), weight_name=LORA_FILE)
+        exported = base
+    else:
+        del base
+        exported = _pipeline(plan, out / "transformer")
+    return _relative_error(_sample(plan, exported, probe), trained), difference
+
+
+def _pipeline(plan: RunPlan, transformer_folder: Path) -> Any:
+    from diffusers import Kandinsky5I2VPipeline, Kandinsky5T2VPipeline, Kandinsky5Transformer3DModel
+
+    from k5dist.model.sample import load_scheduler
+
+    dtype = torch.bfloat16 if plan.config.train.precision == "bf16" else torch.float32
+    transformer = Kandinsky5Transformer3DModel.from_pretrained(str(transformer_folder), torch_dtype=dtype)
+    nothing: Any = None
+    image_to_video = plan.config.flavour.task == "i2v"
+    pipeline = (Kandinsky5I2VPipeline if image_to_video else Kandinsky5T2VPipeline)(
+        transformer=transformer,
+        vae=nothing,
+        text_encoder=nothing,
+        tokenizer=nothing,
+        text_encoder_2=nothing,
+        tokenizer_2=nothing,
+        scheduler=load_scheduler(plan.pretrained),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _sample(plan: RunPlan, pipeline: Any, probe: dict[str, Tensor]) -> Tensor:
+    """The pipeline's own sampling from the probe's noise and text: latents [T, H, W, C], fp32 on CPU."""
+    noise = probe["noise"][None].float()
+    channels = plan.config.model.in_visual_dim
+    mask = torch.zeros(*noise.shape[:-1], 1)
+    latents = noise.clone()
+    image: dict[str, Any] = {}
+    if "first_frame" in probe:
+        latents[:, :1] = probe["first_frame"]
+        mask[:, :1] = 1
+        image = {"image": torch.zeros(1, 3, 8, 8)}  # the latents say it already; the pipeline only asks for its presence
+    if plan.config.model.visual_cond:
+        latents = torch.cat([latents, torch.zeros(*noise.shape[:-1], channels), mask], dim=-1)
+    if plan.config.model.is_sparse:
+        _use_own_attention(plan, pipeline)
+    out = pipeline(
+        **image,
+        prompt_embeds_qwen=probe["text.qwen"].to(pipeline.device),
+        prompt_embeds_clip=probe["text.clip"].to(pipeline.device),
+        prompt_cu_seqlens=torch.tensor([0, probe["text.qwen"].shape[1]]),
+        negative_prompt_embeds_qwen=probe["negative.qwen"].to(pipeline.device),
+        negative_prompt_embeds_clip=probe["negative.clip"].to(pipeline.device),
+        negative_prompt_cu_seqlens=torch.tensor([0, probe["negative.qwen"].shape[1]]),
+        latents=latents,
+        height=noise.shape[2] * 8,
+        width=noise.shape[3] * 8,
+        num_frames=(noise.shape[1] - 1) * 4 + 1,
+        num_inference_steps=2,
+        guidance_scale=plan.config.validation.guidance,
+        output_type="latent",
+        return_dict=False,
+    )[0]
+    return out[0].float().cpu()
+
+
+def _use_own_attention(plan: RunPlan, pipeline: Any) -> None:
+    """NABLA through our processor: the stock one is dense on CPU without a word."""
+    from k5dist.model.attention import nabla_parameters
+
+    model = plan.config.model
+
+    def sparse_params(sample: Tensor, device: torch.device) -> dict[str, Any]:
+        _, frames, height, width, _ = sample.shape
+        return {"to_fractal": True, "nabla": nabla_parameters(model, (frames, height // 2, width // 2), device)}
+
+    pipeline.get_sparse_params = sparse_params
+    pipeline.transformer.set_attn_processor(AttentionProcessor())
+
+
+def _relative_error(out: Tensor, reference: Tensor) -> float:
+    return float((out - reference).norm() / reference.norm())

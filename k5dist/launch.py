@@ -1,0 +1,283 @@
+"""`python -m k5dist.launch +flavour=t2v-tiny`: compose → validate → plan → run. The only module that knows Hydra."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from k5dist import storage
+from k5dist.config import ConfigError, RunConfig, nearest
+from k5dist.console import say, show_table
+from k5dist.estimate import GIB
+from k5dist.plan import ClusterFacts, Estimates, RunPlan, estimates, make_plan
+
+DEFAULT_FLAVOUR = "t2v-lite-sft-5s"
+EXIT_CONFIG, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
+
+
+def config_folder() -> Path:
+    """`conf/`: inside an installed package, or beside it in a checkout."""
+    packaged = Path(__file__).parent / "conf"
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "conf"
+
+
+def flavours() -> list[str]:
+    return sorted(path.stem for path in (config_folder() / "flavour").glob("*.yaml"))
+
+
+def normalise_arguments(arguments: list[str]) -> list[str]:
+    """Hydra wants the flavour appended (`+flavour=`) and exactly once; people write `flavour=`, or none."""
+    arguments = [re.sub(r"^flavour=", "+flavour=", argument) for argument in arguments]
+    if not any(argument.startswith("+flavour=") for argument in arguments):
+        arguments.insert(0, f"+flavour={DEFAULT_FLAVOUR}")
+    return arguments
+
+
+def compose(overrides: list[str]) -> DictConfig:
+    """The composed configuration.
+
+    Raises:
+        ConfigError: for unknown flavours, unknown keys and values that cannot be parsed.
+    """
+    overrides = normalise_arguments(overrides)
+    GlobalHydra.instance().clear()
+    for override in overrides:
+        name = override.removeprefix("+flavour=")
+        if name != override and name not in flavours():
+            near = nearest(name, flavours()) or flavours()
+            raise ConfigError("flavour", name, "no such flavour", "did you mean " + ", ".join(near) + "?")
+    with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
+        try:
+            return hydra.compose("config", overrides=overrides)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise _composition_error(error) from error
+
+
+def _composition_error(error: Exception) -> ConfigError:
+    text = " ".join(str(part) for part in (error, error.__cause__) if part)
+    match = re.search(r"Could not override '([\w.@/-]+)'", text) or re.search(r"Could not find '(\w+/\S+?)'", text)
+    key = match[1] if match else "command line"
+    with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
+        known = _leaf_keys(OmegaConf.to_container(hydra.compose("config", overrides=["+flavour=t2v-tiny"])), "")
+    near = nearest(key, known) if match else []
+    fix = f"did you mean {', '.join(near)}?" if near else "keys and their meanings stand in conf/config.yaml"
+    rule = "no such key" if match else str(error).strip().splitlines()[0]
+    return ConfigError(key, None, rule, fix)
+
+
+def _leaf_keys(node: Any, path: str) -> list[str]:
+    if not isinstance(node, dict):
+        return [path[:-1]]
+    return [key for name, child in node.items() for key in _leaf_keys(child, f"{path}{name}.")]
+
+
+def to_run_config(composed: DictConfig) -> RunConfig:
+    """The validated configuration; interpolations resolved, unset required keys named."""
+    plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
+    return RunConfig.from_mapping({str(key): value for key, value in plain.items() if key != "hydra"})
+
+
+def plan_run(config: RunConfig) -> RunPlan:
+    """Plan for this machine's GPUs, or for those that the configuration names."""
+    from k5dist.cluster.session import local_facts
+    from k5dist.model import pretrained
+    from k5dist.tracking.run import default_tracking_uri
+
+    only_planning = config.stages == ("plan",)
+    facts = local_facts(config.cluster)
+    if facts.gpus_per_node == 0 and config.cluster.gpus_per_node is None and not config.flavour.generated:
+        if not only_planning:
+            rule = f"{config.flavour.name} trains on GPUs, and this machine shows none"
+            fix = "run it on a GPU machine, set cluster.gpus_per_node, or try +flavour=t2v-tiny"
+            raise ConfigError("cluster.gpus_per_node", None, rule, fix)
+        facts = ClusterFacts(1, None, assumed=True)
+    if not only_planning:
+        pretrained.check(config)
+        _refuse_unfinished(config)
+    plan = make_plan(config, facts, _identity(config, only_planning))
+    if plan.tracking_uri:
+        return plan
+    from dataclasses import replace
+
+    return replace(plan, tracking_uri=default_tracking_uri(storage.normalise(config.storage.root)))
+
+
+def _identity(config: RunConfig, only_planning: bool) -> str:
+    from k5dist.model import pretrained
+
+    if only_planning and not pretrained.is_hub_id(config.pretrained) and not config.flavour.generated:
+        pretrained.check(config)
+    return pretrained.identity(config)
+
+
+def _refuse_unfinished(config: RunConfig) -> None:
+    """What this release plans but does not yet run is said before anything starts, never done half."""
+    if config.cluster.kind in ("slurm", "kubernetes"):
+        rule = "this release plans for it but does not submit there yet"
+        fix = "start Ray in the allocation and use cluster=ray cluster.address=<host:port>"
+        raise ConfigError("cluster", config.cluster.kind, rule, fix)
+    if config.parallel.context > 1:
+        rule = "this release plans context parallelism but does not run it yet"
+        raise ConfigError("parallel.context", config.parallel.context, rule, "parallel.context=1")
+
+
+def show_plan(plan: RunPlan) -> None:
+    costs = estimates(plan)
+    world, config = plan.world, plan.config
+    device = "CPU" if world.device == "cpu" else costs.gpu
+    kept = "" if config.model.attention_P is None else f", NABLA P={config.model.attention_P}"
+    buckets = ", ".join(f"{bucket} ({bucket.tokens:,} tokens)" for bucket in plan.buckets)
+    degrees = f"shard {world.shard} × replicate {world.replicate} × context {world.context}"
+    batch = f"{plan.batch_size} clips a step: {world.data_parallel} workers × {plan.accumulation} micro-batches of 1"
+    rows = [
+        ("flavour", f"{config.flavour.name} ({config.flavour.task}{kept})"),
+        ("checkpoint", f"{plan.pretrained} ({plan.pretrained_identity})"),
+        ("model", f"{costs.parameters / 1e9:.2f} B weights, {costs.trainable / 1e6:.1f} M trained ({config.adapter})"),
+        ("world", f"{world.size} workers on {device}: {world.nodes} nodes × {world.workers_per_node}; {degrees}"),
+        ("buckets", buckets),
+        ("batch", batch),
+        ("steps", f"{config.train.steps}, seed {config.train.seed}, lr {config.optimizer.lr:g} ({config.optimizer.schedule})"),
+        ("memory a GPU" if world.device == "cuda" else "memory a worker", _memory(plan, costs)),
+        ("time a step", _duration(costs)),
+        ("cache a clip", f"{costs.sample_cache_bytes / 2**20:.1f} MiB"),
+        ("fingerprints", f"cache {plan.cache_fingerprint}, run {plan.run_fingerprint}"),
+        ("data", str(config.data.source or "none named: the flavour's default bucket")),
+        ("run", plan.run_uri),
+        ("tracking", plan.tracking_uri),
+    ]
+    show_table(f"Plan of {plan.name}", rows)
+
+
+def _memory(plan: RunPlan, costs: Estimates) -> str:
+    memory = costs.memory
+    parts = (("weights", memory.weights), ("gradients", memory.gradients), ("optimiser", memory.optimizer))
+    parts += (("gathered", memory.gathered), ("activations", memory.activations))
+    shown = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts)
+    limit = f" of {costs.gpu_bytes / GIB:.0f}" if plan.world.device == "cuda" else ""
+    return f"about {memory.total / GIB:.1f}{limit} GiB ({shown})"
+
+
+def _duration(costs: Estimates) -> str:
+    flops = f"{costs.step_flops / 1e15:.3g} PFLOP"
+    if costs.step_seconds is None:
+        return f"{flops} (no estimate for CPUs)"
+    return f"about {costs.step_seconds:.1f} s ({flops}; assuming {'; '.join(costs.notes)})"
+
+
+def launch(composed: DictConfig) -> int:
+    """One job, from a composed configuration to an exit status."""
+    try:
+        config = to_run_config(composed)
+        plan = plan_run(config)
+        show_plan(plan)
+        _warn(config)
+        storage.check_writable("storage.root", storage.normalise(config.storage.root))
+        if config.stages == ("plan",):
+            storage.publish_bytes(plan.plan_uri, plan.to_json().encode())
+            say(f"plan: {plan.plan_uri}")
+            return 0
+        return run_plan(plan, OmegaConf.to_yaml(composed))
+    except ConfigError as error:
+        sys.stderr.write(error.block() + "\n")
+        return EXIT_CONFIG
+    except KeyboardInterrupt:
+        say("interrupted; the same command goes on from the newest checkpoint")
+        return EXIT_INTERRUPTED
+
+
+def run_plan(plan: RunPlan, resolved_yaml: str) -> int:
+    from k5dist.cluster.driver import TrainingFailed, run_stages, tracked_run
+    from k5dist.precache.pipeline import PrecacheError, check_source
+    from k5dist.tracking.run import TrackingUnreachable, check_tracking
+
+    source = check_source(plan) if "precache" in plan.config.stages else ([], [])
+    try:
+        check_tracking(plan.tracking_uri)
+    except TrackingUnreachable as error:
+        raise ConfigError("tracking.uri", plan.tracking_uri, str(error), "start the server, or leave it null") from error
+    if plan.config.resume == "never":
+        storage.remove_folder(plan.run_uri)
+    storage.publish_bytes(plan.plan_uri, plan.to_json().encode())
+    storage.publish_bytes(storage.join(plan.run_uri, "config.yaml"), resolved_yaml.encode())
+    root = storage.normalise(plan.config.storage.root)
+    try:
+        with tracked_run(plan, storage.join(root, "mlartifacts")) as tracked:
+            storage.publish_bytes(storage.join(plan.run_uri, "tracking.json"), _tracking_json(tracked.run_id))
+            tracked.log_config(resolved_yaml, plan.to_json(), _flat(plan.config.to_mapping()))
+            tracked.log_git(Path(__file__).parent.parent)
+            summary = run_stages(plan, tracked, source)
+            summary.append(("tracking", tracked.url))
+        show_table("Done", summary)
+        return 0
+    except (TrainingFailed, PrecacheError) as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+    except (ConfigError, KeyboardInterrupt):
+        raise
+    except Exception:
+        sys.stderr.write(traceback.format_exc())
+    sys.stderr.write(f"the run is marked as failed; the same command goes on from what {plan.run_uri} holds\n")
+    return EXIT_FAILED
+
+
+def _tracking_json(run_id: str) -> bytes:
+    import json
+
+    return json.dumps({"run_id": run_id}).encode()
+
+
+def _flat(node: dict[str, Any], path: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in node.items():
+        flat |= _flat(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value}
+    return flat
+
+
+def _warn(config: RunConfig) -> None:
+    from k5dist.config import RECOMMENDED_GUIDANCE
+
+    low, high = RECOMMENDED_GUIDANCE
+    if not low <= config.validation.guidance <= high:
+        say(f"warning: validation.guidance={config.validation.guidance:g} is outside {low:g}…{high:g}: videos may be black or noise")
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+@hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")
+def _job(composed: DictConfig) -> None:
+    # Hydra turns exceptions into its own report and status; ours have been handled by then.
+    status = launch(composed)
+    if status:
+        sys.stdout.flush()
+        sys.exit(status)
+
+
+def main() -> None:
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    signal.signal(signal.SIGTERM, _interrupt)  # schedulers say SIGTERM where a person types Ctrl-C
+    sys.argv[1:] = normalise_arguments(sys.argv[1:])
+    overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+    if not any(argument in ("-m", "--multirun") for argument in sys.argv[1:]):
+        try:
+            compose(overrides)
+        except ConfigError as error:
+            sys.stderr.write(error.block() + "\n")
+            sys.exit(EXIT_CONFIG)
+        GlobalHydra.instance().clear()
+    _job()
+
+
+if __name__ == "__main__":
+    main()

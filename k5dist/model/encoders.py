@@ -1,0 +1,119 @@
+"""The frozen encoders, as the inference pipelines use them. They run in precache and decode workers, never beside the DiT.
+
+Shape suffixes: T frames, t latent frames, H W pixels, h w latent sides, C 16 latent channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from k5dist.cache.layout import TextEncoding
+from k5dist.config import VAE_TIME_COMPRESSION
+from k5dist.model.pretrained import component_folder
+
+
+def to_bits(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor as the uint16 bit patterns of its bfloat16 values (numpy has no bfloat16)."""
+    return tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().view(np.uint16)
+
+
+class VideoAutoencoder:
+    """The HunyuanVideo VAE: 8× in space, 4× in time after the first frame."""
+
+    def __init__(self, pretrained: str, device: str) -> None:
+        from diffusers import AutoencoderKLHunyuanVideo
+
+        self.device = torch.device(device)
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        folder = component_folder(pretrained, "vae")
+        vae = AutoencoderKLHunyuanVideo.from_pretrained(str(folder), torch_dtype=self.dtype, local_files_only=True)
+        self.vae: Any = vae.to(self.device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def encode(self, frames_THW3: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 RGB [T, H, W, 3] → posterior mean and log-variance [t, h, w, C], unscaled, fp32 on CPU."""
+        video = torch.from_numpy(frames_THW3).to(self.device, self.dtype).permute(3, 0, 1, 2)[None]
+        posterior = self.vae.encode(video / 127.5 - 1.0).latent_dist
+        latent_frames = (len(frames_THW3) - 1) // VAE_TIME_COMPRESSION + 1
+        assert posterior.mean.shape[2] == latent_frames, "every frame reaches the latents"
+        mean, logvar = (x[0].permute(1, 2, 3, 0).float().cpu() for x in (posterior.mean, posterior.logvar))
+        if not (torch.isfinite(mean).all() and torch.isfinite(logvar).all()):
+            raise ValueError("the VAE gave values that are not finite")
+        return mean, logvar
+
+    @torch.no_grad()
+    def decode(self, latents_thwC: torch.Tensor) -> np.ndarray:
+        """Scaled latents [t, h, w, C] → uint8 RGB [T, H, W, 3]."""
+        latents = latents_thwC.to(self.device, self.dtype).permute(3, 0, 1, 2)[None]
+        video = self.vae.decode(latents / self.vae.config.scaling_factor).sample[0]
+        return ((video.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
+
+
+class _TokenizerOnly:
+    """The pipeline's processor reduced to its tokenizer: text needs no image processor, and no torchvision."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, *, text: list[str], images: None, videos: None, **options: Any) -> Any:
+        return self.tokenizer(text, **options)
+
+    def decode(self, tokens: Any) -> str:
+        return self.tokenizer.decode(tokens)
+
+
+def text_encoding(template: str | None, start: int | None, max_tokens: int) -> TextEncoding:
+    """The given template, or that of the installed diffusers release (releases differ in it)."""
+    if template is not None and start is not None:
+        return TextEncoding(template, start, max_tokens)
+    pipeline = _text_pipeline()
+    return TextEncoding(pipeline.prompt_template, pipeline.prompt_template_encode_start_idx, max_tokens)
+
+
+def _text_pipeline() -> Any:
+    """The inference pipeline with nothing in it: its prompt handling, to which encoders can be given."""
+    from diffusers import Kandinsky5T2VPipeline
+
+    components = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler")
+    nothing: Any = dict.fromkeys(components)
+    return Kandinsky5T2VPipeline(**nothing)
+
+
+class TextEncoders:
+    """Qwen2.5-VL (token features) and CLIP (pooled), driven by the inference pipeline's own `encode_prompt`."""
+
+    def __init__(self, pretrained: str, encoding: TextEncoding, device: str) -> None:
+        from transformers import AutoTokenizer, CLIPTextModel, Qwen2_5_VLForConditionalGeneration
+
+        self.device = torch.device(device)
+        self.encoding = encoding
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+        def load(cls: Any, component: str, **options: Any) -> Any:
+            return cls.from_pretrained(str(component_folder(pretrained, component)), local_files_only=True, **options)
+
+        self.pipeline = _text_pipeline()
+        qwen = load(Qwen2_5_VLForConditionalGeneration, "text_encoder", dtype=dtype)
+        self.pipeline.text_encoder = qwen.to(self.device).eval()
+        self.pipeline.text_encoder_2 = load(CLIPTextModel, "text_encoder_2", dtype=dtype).to(self.device).eval()
+        self.pipeline.tokenizer = _TokenizerOnly(load(AutoTokenizer, "tokenizer", padding_side="right"))
+        self.pipeline.tokenizer_2 = load(AutoTokenizer, "tokenizer_2")
+        self.pipeline.prompt_template = encoding.template
+        self.pipeline.prompt_template_encode_start_idx = encoding.start
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(Qwen features [L, in_text_dim] at the caption's true length, CLIP pooled [in_text_dim2]) a caption, on CPU.
+
+        Captions are padded on the right; Qwen is causal, so padding changes nothing for the real tokens, and it is cut
+        off again.
+        """
+        qwen, clip, cu_seqlens = self.pipeline.encode_prompt(
+            list(captions), max_sequence_length=self.encoding.max_tokens, device=self.device
+        )
+        lengths = cu_seqlens.diff().tolist()
+        return [(qwen[i, :length].float().cpu(), clip[i].float().cpu()) for i, length in enumerate(lengths)]

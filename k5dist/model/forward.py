@@ -1,0 +1,83 @@
+"""One forward of the DiT, the same for training and for sampling: positions, scale factors and sparsity from the shape.
+
+Shape suffixes: B clips, T H W latent frames and sides, C 16 latent channels, L text tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from k5dist.config import PATCH, VAE_SPACE_COMPRESSION, ModelConfig
+from k5dist.model.attention import NablaParameters, nabla_parameters
+
+
+@dataclass(frozen=True)
+class Text:
+    """One caption's features at its true length: no padding, so nothing ever attends to padding."""
+
+    qwen_1LD: Tensor
+    clip_1D: Tensor
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Text:
+        return Text(self.qwen_1LD.to(device, dtype), self.clip_1D.to(device, dtype))
+
+
+def rope_scale_factor(height: int, width: int) -> tuple[float, float, float]:
+    """RoPE's divisors along (T, H, W) for pixel sides: the pipeline's rule for standard definition, else for HD."""
+    standard = all(480 <= side <= 854 for side in (height, width))
+    return (1.0, 2.0, 2.0) if standard else (1.0, 3.16, 3.16)
+
+
+@lru_cache(maxsize=8)
+def _sparsity(model: ModelConfig, tokens_THW: tuple[int, int, int], device: torch.device) -> NablaParameters | None:
+    return nabla_parameters(model, tokens_THW, device) if model.is_sparse else None
+
+
+def predict_velocity(
+    transformer: nn.Module,
+    model: ModelConfig,
+    latents_BTHWC: Tensor,
+    first_frame: bool,
+    timestep_B: Tensor,
+    text: Text,
+) -> Tensor:
+    """The model's velocity for noisy latents: [B, T, H, W, C], in the latents' dtype.
+
+    The conditioning channels are zero and the mask is 1 at frame 0 for image-to-video (whose clean first frame stands
+    in the noise channels already), 0 everywhere for text-to-video, as the inference pipelines have it.
+
+    Args:
+        latents_BTHWC: in the run's compute dtype.
+        first_frame: image-to-video conditioning.
+        timestep_B: 1000 σ, fp32.
+        text: one caption, in the latents' dtype.
+    """
+    batch, frames, height, width, _ = latents_BTHWC.shape
+    device = latents_BTHWC.device
+    hidden = latents_BTHWC
+    if model.visual_cond:
+        mask = latents_BTHWC.new_zeros(batch, frames, height, width, 1)
+        if first_frame:
+            mask[:, 0] = 1
+        hidden = torch.cat([latents_BTHWC, torch.zeros_like(latents_BTHWC), mask], dim=-1)
+    tokens = (frames, height // PATCH, width // PATCH)
+    sparsity = _sparsity(model, tokens, device)
+    pixels = (height * VAE_SPACE_COMPRESSION, width * VAE_SPACE_COMPRESSION)
+    positions: Any = [torch.arange(size, device=device) for size in tokens]
+    return transformer(
+        hidden_states=hidden,
+        encoder_hidden_states=text.qwen_1LD,
+        timestep=timestep_B,
+        pooled_projections=text.clip_1D,
+        visual_rope_pos=positions,
+        text_rope_pos=torch.arange(text.qwen_1LD.shape[1], device=device),
+        scale_factor=rope_scale_factor(*pixels),
+        # diffusers' forward reads `to_fractal` (tokens in 8 × 8 blocks); our attention processor reads the rest.
+        sparse_params=None if sparsity is None else {"to_fractal": True, "nabla": sparsity},
+        return_dict=False,
+    )

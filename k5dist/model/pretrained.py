@@ -1,0 +1,111 @@
+"""Checkpoints by name: a hub id, a local folder or an object-store URI, all in diffusers' layout.
+
+No weights are loaded here, and torch is not imported: the driver asks this module who a checkpoint is before anything is
+allocated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from k5dist import storage
+from k5dist.config import ConfigError, ModelConfig, RunConfig
+from k5dist.estimate import GIB
+
+GENERATED_VERSION = 1  # raise when `k5dist.model.tiny` makes other weights
+ENCODER_COMPONENTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+_SMALL_FILE = 4 * 2**20
+_SAMPLES = 8
+_SAMPLE_BYTES = 64 * 2**10
+
+
+def is_hub_id(pretrained: str) -> bool:
+    looks_like = re.fullmatch(r"[\w.-]+/[\w.-]+", pretrained) is not None and not pretrained.startswith(".")
+    return looks_like and not Path(pretrained).exists()
+
+
+def check(config: RunConfig) -> None:
+    """Raises ConfigError when `pretrained` is a folder or URI without a diffusers checkpoint. Hub ids pass."""
+    if config.flavour.generated or is_hub_id(config.pretrained):
+        return
+    storage.check_readable("pretrained", config.pretrained)
+    for needed in ("model_index.json", "transformer/config.json"):
+        if not storage.exists(storage.join(config.pretrained, needed)):
+            rule = f"a diffusers checkpoint folder has {needed}"
+            raise ConfigError("pretrained", config.pretrained, rule, "name the folder that holds model_index.json")
+
+
+def identity(config: RunConfig) -> str:
+    """What stands for the checkpoint's content in fingerprints, from few and small reads.
+
+    A hub id stands for itself, a generated checkpoint for its recipe; a folder for a digest of its file names and sizes,
+    its small files and samples of its large ones, so that a fine-tuned encoder is never taken for its parent.
+    """
+    if config.flavour.generated:
+        recipe = json.dumps([config.flavour.task, GENERATED_VERSION, config.to_mapping()["model"]], sort_keys=True)
+        return f"generated:{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
+    if is_hub_id(config.pretrained):
+        return f"hub:{config.pretrained}"
+    digest = hashlib.sha256()
+    for name, size in sorted(storage.sizes(config.pretrained).items()):
+        if name.split("/")[0] not in ("transformer", "scheduler", *ENCODER_COMPONENTS):
+            continue
+        digest.update(f"{name}\0{size}\0".encode())
+        uri = storage.join(config.pretrained, name)
+        if size <= _SMALL_FILE:
+            digest.update(storage.read_bytes(uri))
+            continue
+        for i in range(_SAMPLES):
+            start = int(i * (size - _SAMPLE_BYTES) / (_SAMPLES - 1))
+            digest.update(storage.read_bytes(uri, start, start + _SAMPLE_BYTES))
+    return f"folder:{digest.hexdigest()[:16]}"
+
+
+def component_uri(pretrained: str, component: str) -> str:
+    """Folder or URI of one component; a hub id's is downloaded to the hub's own cache on this machine."""
+    if is_hub_id(pretrained):
+        from huggingface_hub import snapshot_download
+
+        try:
+            patterns = [f"{component}/*", "model_index.json"]
+            return str(Path(snapshot_download(pretrained, allow_patterns=patterns)) / component)
+        except Exception as error:
+            rule = f"the hub must hold it and be reachable ({type(error).__name__})"
+            fix = "check the name, network and login, or name a local folder"
+            raise ConfigError("pretrained", pretrained, rule, fix) from error
+    return storage.join(storage.normalise(pretrained), component)
+
+
+def component_folder(pretrained: str, component: str) -> Path:
+    """A local folder with one component; object storage is copied to this machine's scratch cache once."""
+    uri = component_uri(pretrained, component)
+    place = hashlib.sha256(uri.encode()).hexdigest()[:16]
+    return storage.fetch_folder(uri, Path.home() / ".cache" / "k5dist" / "pretrained" / place)
+
+
+def read_config(pretrained: str, component: str, file: str = "config.json") -> dict[str, Any]:
+    return json.loads(storage.read_text(storage.join(component_uri(pretrained, component), file)))
+
+
+def scheduler_shift(pretrained: str) -> float:
+    """The shift of σ that the checkpoint's own scheduler samples with."""
+    return float(read_config(pretrained, "scheduler", "scheduler_config.json").get("shift", 1.0))
+
+
+def check_architecture(model: ModelConfig, config: dict[str, Any]) -> None:
+    """Raises ConfigError when the checkpoint's `transformer/config.json` is not the planned model."""
+    for key in ModelConfig.__dataclass_fields__:
+        planned, found = getattr(model, key), config.get(key)
+        found = tuple(found) if isinstance(found, list) else found
+        sparse_only = key.startswith("attention_") and key != "attention_type"
+        if planned != found and not (sparse_only and not model.is_sparse):
+            rule = f"the checkpoint says {key}={found!r}"
+            raise ConfigError(f"model.{key}", planned, rule, "choose the flavour of this checkpoint, or set the key")
+
+
+def describe_bytes(count: float) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"

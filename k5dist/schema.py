@@ -1,0 +1,102 @@
+"""Mappings into frozen dataclasses, and the error that a user can mend.
+
+The generic half of the configuration: `build` checks names and types, `one_of` and `positive` are rules that many keys
+share. What the keys mean is said in `k5dist.config`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+class ConfigError(Exception):
+    """An error the user can mend: which key, its value, the rule it breaks and what to write instead."""
+
+    def __init__(self, key: str, value: object, rule: str, fix: str) -> None:
+        self.key, self.value, self.rule, self.fix = key, value, rule, fix
+        super().__init__(f"{key}={value!r}: {rule}. {fix}")
+
+    def block(self) -> str:
+        rows = (("key", self.key), ("value", repr(self.value)), ("rule", self.rule), ("fix", self.fix))
+        return "\n".join(["Configuration error", *(f"  {name:<5} {text}" for name, text in rows)])
+
+
+def nearest(name: str, names: Iterable[str], count: int = 3) -> list[str]:
+    """The known names most like `name`, best first."""
+    return difflib.get_close_matches(name, list(names), n=count, cutoff=0.4)
+
+
+def one_of(key: str, value: str, allowed: Iterable[str]) -> None:
+    allowed = tuple(allowed)
+    if value not in allowed:
+        guess = nearest(str(value), allowed, 1)
+        raise ConfigError(key, value, f"one of {', '.join(allowed)}", f"{key}={guess[0] if guess else allowed[0]}")
+
+
+def positive(key: str, value: float) -> None:
+    if not value > 0:
+        raise ConfigError(key, value, "greater than 0", f"{key}=1")
+
+
+def build(cls: type, mapping: Mapping[str, Any], path: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for key in mapping:
+        if key not in fields:
+            near = nearest(str(key), fields) or sorted(fields)
+            rule = f"no such key{f' in {path[:-1]}' if path else ''}"
+            raise ConfigError(f"{path}{key}", mapping[key], rule, "did you mean " + ", ".join(path + n for n in near) + "?")
+    values = {}
+    for name in fields:
+        if name not in mapping:
+            raise ConfigError(f"{path}{name}", None, "the key is missing", f"set {path}{name}")
+        values[name] = _convert(hints[name], mapping[name], f"{path}{name}")
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    """`value` as `hint` says it: nested dataclasses, tuples of scalars, scalars and unions of those."""
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(key, value, "a group of keys", f"set the keys below {key}")
+        return build(typing.cast(type, hint), value, f"{key}.")
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        for option in options:
+            if option is not type(None) and _fits(option, value):
+                return _convert(option, value, key)
+        raise ConfigError(key, value, f"must be {_describe(hint)}", f"see {key} in conf/config.yaml")
+    if not _fits(hint, value):
+        raise ConfigError(key, value, f"must be {_describe(hint)}", f"see {key} in conf/config.yaml")
+    if origin is tuple:
+        item = typing.get_args(hint)[0]
+        return tuple(_convert(item, v, f"{key}[{i}]") for i, v in enumerate(value))
+    return float(value) if hint is float else value
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, (list, tuple))
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_describe(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return f"a list of {_describe(typing.get_args(hint)[0])}s"
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}.get(
+        hint, str(hint)
+    )

