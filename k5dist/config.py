@@ -51,10 +51,10 @@ class ModelConfig:
     out_visual_dim: int
     visual_cond: bool
     attention_type: str
-    attention_P: float | None  # noqa: N815 (diffusers' name)
-    attention_wT: int | None  # noqa: N815
-    attention_wW: int | None  # noqa: N815
-    attention_wH: int | None  # noqa: N815
+    attention_P: float | None
+    attention_wT: int | None
+    attention_wW: int | None
+    attention_wH: int | None
     attention_add_sta: bool | None
 
     def __post_init__(self) -> None:
@@ -99,7 +99,9 @@ class DataConfig:
         for height, width in parse_resolution("data.resolution", self.resolution):
             _check_sides("data.resolution", height, width)
         if not 0 <= self.held_out < 1:
-            raise ConfigError("data.held_out", self.held_out, "a share of the clips, 0 ≤ share < 1", "data.held_out=0.05")
+            raise ConfigError(
+                "data.held_out", self.held_out, "a share of the clips, 0 ≤ share < 1", "data.held_out=0.05"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,7 +62,9 @@ def parameters(model: ModelConfig) -> int:
     embeddings += (PATCH**2 * channels + 1) * dim  # visual
     text_block = time_dim * 6 * dim + 6 * dim + _attention_parameters(model) + 2 * dim * model.ff_dim
     out = (time_dim + 1) * 2 * dim + (dim + 1) * PATCH**2 * model.out_visual_dim
-    return embeddings + model.num_text_blocks * text_block + model.num_visual_blocks * visual_block_parameters(model) + out
+    return (
+        embeddings + model.num_text_blocks * text_block + model.num_visual_blocks * visual_block_parameters(model) + out
+    )
 
 
 def lora_parameters(model: ModelConfig, rank: int, targets: str) -> int:
@@ -75,7 +77,7 @@ def lora_parameters(model: ModelConfig, rank: int, targets: str) -> int:
 
 @dataclass(frozen=True)
 class Flops:
-    """Forward operations of one clip: linear layers, and attention as the model computes it (sparse if it is sparse)."""
+    """Forward operations of one clip: linear layers, and attention as the model computes it (sparse or not)."""
 
     linear: float
     attention: float
@@ -85,7 +87,7 @@ class Flops:
 
 
 def forward_flops(model: ModelConfig, tokens: int, density: float = 1.0, text_tokens: int = TEXT_TOKENS) -> Flops:
-    """One forward of one clip of `tokens` visual tokens; `density` is the share of attention blocks that NABLA keeps."""
+    """One forward of one clip of `tokens` visual tokens; `density` is the share of attention blocks NABLA keeps."""
     dim, ff = model.model_dim, model.ff_dim
     visual = 2 * tokens * (6 * dim**2 + 2 * dim * ff) + 2 * text_tokens * 2 * dim**2
     text = 2 * text_tokens * (4 * dim**2 + 2 * dim * ff)
@@ -136,7 +138,9 @@ def sample_cache_bytes(model: ModelConfig, bucket: Bucket, *, first_frame: bool,
     """bf16 bytes of one clip in the cache: posterior mean and log-variance, and its share of text at full length."""
     time, height, width = bucket.latent_shape
     frames = time + 1 if first_frame else time
-    return 2 * (frames * height * width * 2 * model.in_visual_dim + text_tokens * model.in_text_dim + model.in_text_dim2)
+    return 2 * (
+        frames * height * width * 2 * model.in_visual_dim + text_tokens * model.in_text_dim + model.in_text_dim2
+    )
 
 
 def gpu_facts(name: str | None) -> tuple[str, float, float]:

@@ -121,7 +121,7 @@ def _write_lora(plan: RunPlan, checkpoint: Path, out: Path) -> None:
     dtype = torch.bfloat16
     transformer: Any = build_transformer(plan.pretrained, plan.config.model, lora=plan.config.lora, dtype=dtype)
     tensors = _read(checkpoint, _model_tensors(checkpoint))
-    layers = get_peft_model_state_dict(transformer, state_dict=tensors)
+    layers: Any = get_peft_model_state_dict(transformer, state_dict=tensors)
     assert len(layers) == len(tensors), "every adapter tensor has a place in PEFT's format"
     Kandinsky5T2VPipeline.save_lora_weights(
         str(out),
@@ -219,7 +219,9 @@ def _sample(plan: RunPlan, pipeline: Any, probe: dict[str, Tensor]) -> Tensor:
     if "first_frame" in probe:
         latents[:, :1] = probe["first_frame"]
         mask[:, :1] = 1
-        image = {"image": torch.zeros(1, 3, 8, 8)}  # the latents say it already; the pipeline only asks for its presence
+        image = {
+            "image": torch.zeros(1, 3, 8, 8)
+        }  # the latents say it already; the pipeline only asks for its presence
     if plan.config.model.visual_cond:
         latents = torch.cat([latents, torch.zeros(*noise.shape[:-1], channels), mask], dim=-1)
     if plan.config.model.is_sparse:

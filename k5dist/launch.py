@@ -147,7 +147,10 @@ def show_plan(plan: RunPlan) -> None:
         ("world", f"{world.size} workers on {device}: {world.nodes} nodes × {world.workers_per_node}; {degrees}"),
         ("buckets", buckets),
         ("batch", batch),
-        ("steps", f"{config.train.steps}, seed {config.train.seed}, lr {config.optimizer.lr:g} ({config.optimizer.schedule})"),
+        (
+            "steps",
+            f"{config.train.steps}, seed {config.train.seed}, lr {config.optimizer.lr:g} ({config.optimizer.schedule})",
+        ),
         ("memory a GPU" if world.device == "cuda" else "memory a worker", _memory(plan, costs)),
         ("time a step", _duration(costs)),
         ("cache a clip", f"{costs.sample_cache_bytes / 2**20:.1f} MiB"),
@@ -205,7 +208,9 @@ def run_plan(plan: RunPlan, resolved_yaml: str) -> int:
     try:
         check_tracking(plan.tracking_uri)
     except TrackingUnreachable as error:
-        raise ConfigError("tracking.uri", plan.tracking_uri, str(error), "start the server, or leave it null") from error
+        raise ConfigError(
+            "tracking.uri", plan.tracking_uri, str(error), "start the server, or leave it null"
+        ) from error
     if plan.config.resume == "never":
         storage.remove_folder(plan.run_uri)
     storage.publish_bytes(plan.plan_uri, plan.to_json().encode())
@@ -248,7 +253,9 @@ def _warn(config: RunConfig) -> None:
 
     low, high = RECOMMENDED_GUIDANCE
     if not low <= config.validation.guidance <= high:
-        say(f"warning: validation.guidance={config.validation.guidance:g} is outside {low:g}…{high:g}: videos may be black or noise")
+        say(
+            f"warning: validation.guidance={config.validation.guidance:g} is outside {low:g}…{high:g}: expect black or noise"
+        )
 
 
 def _interrupt(*_: object) -> NoReturn:

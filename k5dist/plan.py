@@ -1,4 +1,4 @@
-"""RunConfig + facts of the cluster → RunPlan: everything that is derived, in one JSON that a worker can be started from.
+"""RunConfig + facts of the cluster → RunPlan: everything derived, in one JSON that a worker can be started from.
 
 Two fingerprints keep work apart: the cache's (what is encoded, and how) and the run's (what is learned from it). Where,
 how fast and on how many machines a run goes is in neither, so a changed learning rate keeps the cache and a changed

@@ -50,7 +50,9 @@ def build(cls: type, mapping: Mapping[str, Any], path: str) -> Any:
         if key not in fields:
             near = nearest(str(key), fields) or sorted(fields)
             rule = f"no such key{f' in {path[:-1]}' if path else ''}"
-            raise ConfigError(f"{path}{key}", mapping[key], rule, "did you mean " + ", ".join(path + n for n in near) + "?")
+            raise ConfigError(
+                f"{path}{key}", mapping[key], rule, "did you mean " + ", ".join(path + n for n in near) + "?"
+            )
     values = {}
     for name in fields:
         if name not in mapping:

@@ -2,7 +2,8 @@
 
     cache/<cache fingerprint>/
       cache.json                      fingerprint, identity of what encoded it
-      shards/*.safetensors            latents: `mean`, `logvar` [T, H, W, 16] bf16, unscaled; i2v: `first_mean`, `first_logvar` [1, H, W, 16]
+      shards/*.safetensors            latents, bf16, unscaled: `mean`, `logvar` [T, H, W, 16];
+                                      image-to-video also `first_mean`, `first_logvar` [1, H, W, 16]
       index/*.parquet                 one row a sample
       captions/<encoding>/shards|index  text: `qwen` [L, in_text_dim] at its true length L, `clip` [in_text_dim2]
       failures.parquet                what could not be encoded, and why
@@ -88,7 +89,9 @@ def check_header(cache_uri: str, fingerprint: str) -> None:
     """Raises ConfigError when there is no cache at `cache_uri`, or it was encoded for another plan."""
     uri = storage.join(cache_uri, "cache.json")
     if not storage.exists(uri):
-        raise ConfigError("stages", cache_uri, "there is no cache for this plan yet", "run with precache among the stages")
+        raise ConfigError(
+            "stages", cache_uri, "there is no cache for this plan yet", "run with precache among the stages"
+        )
     header = json.loads(storage.read_text(uri))
     found = (header.get("version"), header.get("fingerprint"))
     if found != (CACHE_VERSION, fingerprint):

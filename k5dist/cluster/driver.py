@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 
 from k5dist import storage
 from k5dist.cluster.gang import Gang
@@ -141,7 +142,7 @@ class TrainingStage:
                 gang.ask_to_stop()
                 self._follow(lines, bar)
                 raise
-            except ray.exceptions.RayActorError as error:
+            except RayActorError as error:
                 return f"a node was lost: {str(error).splitlines()[0]}"
 
     def _follow(self, lines: Any, bar: Bar) -> str | None:
@@ -201,7 +202,9 @@ class TrainingStage:
         rows = [("run", self.plan.run_uri)]
         if self.losses:
             first, last = min(self.losses), max(self.losses)
-            rows.append(("training loss", f"{self.losses[first]:.4f} (step {first}) → {self.losses[last]:.4f} (step {last})"))
+            rows.append(
+                ("training loss", f"{self.losses[first]:.4f} (step {first}) → {self.losses[last]:.4f} (step {last})")
+            )
         if self.validation:
             shown = ", ".join(f"{loss:.4f} (step {step})" for step, loss in sorted(self.validation.items()))
             rows.append(("validation loss", shown))

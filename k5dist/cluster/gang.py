@@ -69,7 +69,7 @@ class Agent:
             text=True,
             errors="replace",
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=_die_with_parent,  # noqa: PLW1509 (no other thread holds a lock that it needs)
         )
         lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=_pump, args=(self.process.stdout, lines), daemon=True).start()
@@ -180,7 +180,8 @@ class Gang:
             if not ready:
                 have = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
                 alive = sum(node["Alive"] for node in ray.nodes())
-                rule = f"the Ray cluster cannot give {world.nodes} node(s) with {bundle} each (free: {have} on {alive} nodes)"
+                wanted = f"{world.nodes} node(s) with {bundle} each"
+                rule = f"the Ray cluster cannot give {wanted} (free: {have} on {alive} nodes)"
                 raise ConfigError("cluster.nodes", world.nodes, rule, "ask for less, or add nodes and try again")
             for i in range(world.nodes):
                 place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=i)
@@ -212,14 +213,15 @@ class Gang:
             ray.exceptions.RayActorError: when a node or its agent is lost.
         """
         world = self.plan.world
-        endpoint = ray.get(self._agents[0].endpoint.remote())
+        endpoint: Any = ray.get(self._agents[0].endpoint.remote())
         launch = Launch(self.plan.plan_uri, world.nodes, world.workers_per_node, endpoint, uuid.uuid4().hex[:12])
-        streams = {
+        streams: dict[Any, int] = {
             agent.run.options(num_returns="streaming").remote(launch, i == 0): i for i, agent in enumerate(self._agents)
         }
         statuses = []
         while streams:
             ready, _ = ray.wait(list(streams), num_returns=1, fetch_local=False)
+            stream: Any
             for stream in ready:
                 try:
                     piece = ray.get(next(stream))

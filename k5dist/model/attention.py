@@ -20,14 +20,14 @@ BLOCK_TOKENS = NABLA_BLOCK**2
 
 @dataclass(frozen=True)
 class NablaParameters:
-    """The checkpoint's sparse attention: probability kept, and the sliding-tile window (1, 1, N, N) or-ed to the map."""
+    """The checkpoint's sparse attention: probability kept, sliding-tile window [1, 1, N, N] or-ed to the map."""
 
     probability: float
     window: Tensor
 
 
 def sliding_tile_window(shape: tuple[int, int, int], window: tuple[int, int, int], device: torch.device) -> Tensor:
-    """Which blocks see each other whatever the map says: bool [N, N] over blocks in (T, H, W) order.
+    """Which blocks see each other whatever the map says, bool [N, N] over blocks in (T, H, W) order.
 
     `shape` is the number of blocks and `window` the width in blocks along (T, H, W); a block sees those at most half a
     width away, along each axis.

@@ -1,4 +1,4 @@
-"""The frozen encoders, as the inference pipelines use them. They run in precache and decode workers, never beside the DiT.
+"""The frozen encoders, as the inference pipelines use them: in precache and decode workers, never beside the DiT.
 
 Shape suffixes: T frames, t latent frames, H W pixels, h w latent sides, C 16 latent channels.
 """
@@ -30,8 +30,8 @@ class VideoAutoencoder:
         self.device = torch.device(device)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         folder = component_folder(pretrained, "vae")
-        vae = AutoencoderKLHunyuanVideo.from_pretrained(str(folder), torch_dtype=self.dtype, local_files_only=True)
-        self.vae: Any = vae.to(self.device).eval().requires_grad_(False)
+        vae: Any = AutoencoderKLHunyuanVideo.from_pretrained(str(folder), torch_dtype=self.dtype, local_files_only=True)
+        self.vae = vae.to(self.device).eval().requires_grad_(False)
 
     @torch.no_grad()
     def encode(self, frames_THW3: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,7 +1,7 @@
 """Checkpoints by name: a hub id, a local folder or an object-store URI, all in diffusers' layout.
 
-No weights are loaded here, and torch is not imported: the driver asks this module who a checkpoint is before anything is
-allocated.
+No weights are loaded here, and torch is not imported: the driver asks this module who a checkpoint is before anything
+is allocated.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def check(config: RunConfig) -> None:
 def identity(config: RunConfig) -> str:
     """What stands for the checkpoint's content in fingerprints, from few and small reads.
 
-    A hub id stands for itself, a generated checkpoint for its recipe; a folder for a digest of its file names and sizes,
-    its small files and samples of its large ones, so that a fine-tuned encoder is never taken for its parent.
+    A hub id stands for itself, a generated checkpoint for its recipe; a folder for a digest of its file names, sizes,
+    its small files and samples of its large ones, so a fine-tuned encoder is never taken for its parent.
     """
     if config.flavour.generated:
         recipe = json.dumps([config.flavour.task, GENERATED_VERSION, config.to_mapping()["model"]], sort_keys=True)

@@ -30,7 +30,6 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-
 # T2V and I2V checkpoints differ in the pipeline that reads them and in the shift of their sampling schedule.
 _PIPELINES = {"t2v": "Kandinsky5T2VPipeline", "i2v": "Kandinsky5I2VPipeline"}
 _SHIFTS = {"t2v": 10.0, "i2v": 5.0}

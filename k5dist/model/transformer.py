@@ -59,7 +59,7 @@ def peft_config(lora: LoraConfig) -> Any:
 
 
 def materialise(transformer: nn.Module, pretrained: str, *, device: torch.device, seed: int) -> None:
-    """Allocate the (sharded) parameters on `device` and fill them: the base from the checkpoint, adapters from `seed`."""
+    """Allocate the (sharded) parameters on `device` and fill them: base from the checkpoint, adapters from `seed`."""
     # RoPE's tables are buffers that no checkpoint holds; `to_empty` would destroy them.
     buffers = {name: buffer.to(device) for name, buffer in transformer.named_buffers()}
     transformer.to_empty(device=device)

@@ -110,8 +110,6 @@ def fill_shard(parameter: torch.Tensor, read_rows: Callable[[int, int], torch.Te
         parameter.copy_(rows)
         return
     assert all(p.is_replicate() or p.is_shard(0) for p in parameter.placements), "FSDP2 shards dimension 0"
-    shape, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     if shape[0]:
         parameter.to_local().copy_(read_rows(offset[0], shape[0]))

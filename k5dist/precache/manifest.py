@@ -116,4 +116,6 @@ def _entries(source: str) -> Iterator[dict[str, Any]]:
         try:
             yield json.loads(line)
         except json.JSONDecodeError as error:
-            raise ConfigError("data.source", f"{source}:{number}", f"is not JSON ({error.msg})", "one object a line") from None
+            raise ConfigError(
+                "data.source", f"{source}:{number}", f"is not JSON ({error.msg})", "one object a line"
+            ) from None

@@ -10,6 +10,7 @@ import collections
 import io
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -135,10 +136,9 @@ def _encode_captions(plan: RunPlan, encoding: layout.TextEncoding, texts: list[s
     )
     row_bytes = 2 * config.max_text_tokens * plan.config.model.in_text_dim
     dataset = dataset.map_batches(
-        stages.write_captions,
+        partial(stages.write_captions, cache_uri=plan.cache_uri, encoding=encoding),
         batch_format="pyarrow",
         batch_size=_rows_per_shard(plan, row_bytes),
-        fn_kwargs={"cache_uri": plan.cache_uri, "encoding": encoding},
         num_cpus=0.25,
     )
     with progress_bar("captions", len(todo)) as bar:
@@ -186,7 +186,7 @@ def _probe(plan: RunPlan, rows: list[Row]) -> list[dict[str, Any]]:
     }
     buckets = [(bucket.frames, bucket.height, bucket.width) for bucket in plan.buckets]
     dataset = ray.data.from_arrow(_slices(pa.Table.from_pylist(plain), _PROBES_PER_BLOCK)).map(
-        stages.probe_row, fn_kwargs={"buckets": buckets, "facts": facts}, num_cpus=0.5
+        partial(stages.probe_row, buckets=buckets, facts=facts), num_cpus=0.5
     )
     probed: list[dict[str, Any]] = []
     with progress_bar("probe", len(rows)) as bar:
@@ -208,22 +208,20 @@ def _clip_dataset(plan: RunPlan, todo: list[dict[str, Any]]) -> ray.data.Dataset
     sample_bytes = sample_cache_bytes(config.model, largest, first_frame=first_frame, text_tokens=0)
     # A decoded clip is large (hundreds of megabytes): one row a block keeps memory in hand.
     dataset = ray.data.from_arrow(_slices(pa.Table.from_pylist(todo), 1)).map(
-        stages.decode_row,
-        fn_kwargs={"frame_rate": config.data.frame_rate},
+        partial(stages.decode_row, frame_rate=config.data.frame_rate),
         num_cpus=1,
         concurrency=config.precache.decode_workers,
     )
     dataset = dataset.map(
-        stages.VaeStage,
+        stages.VaeStage,  # type: ignore[arg-type]  (Ray Data's map takes classes, its annotation functions)
         fn_constructor_args=(plan.pretrained, device, first_frame),
         compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
         **resources,
     )
     return dataset.map_batches(
-        stages.write_samples,
+        partial(stages.write_samples, cache_uri=plan.cache_uri),
         batch_format="pyarrow",
         batch_size=_rows_per_shard(plan, sample_bytes),
-        fn_kwargs={"cache_uri": plan.cache_uri},
         num_cpus=0.25,
     )
 
@@ -276,6 +274,6 @@ def _select(plan: RunPlan, keys: list[str]) -> None:
     uri = storage.join(plan.run_uri, layout.SELECTION)
     if storage.exists(uri):
         if layout.read_selection(uri) != sorted(keys):
-            say("note: the data has changed since this run began; it goes on with the clips it began with (resume=never starts anew)")
+            say("note: the data has changed since this run began; it keeps its clips (resume=never starts anew)")
         return
     layout.write_selection(uri, keys)

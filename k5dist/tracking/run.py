@@ -44,7 +44,7 @@ KILLED_CODES = (130, 143)  # 128 + SIGINT, 128 + SIGTERM
 log = logging.getLogger(__name__)
 
 
-class TrackingUnreachable(Exception):  # noqa: N818 - it says a state of the world, as ConnectionRefused would
+class TrackingUnreachable(Exception):
     """The tracking store cannot be used; the message says which, why and what to do."""
 
 

@@ -39,7 +39,9 @@ class TextStore:
         if key in self._kept:
             return self._kept[key]
         if key not in self.places:
-            rule = f"the cache holds no text features of {caption[:60]!r} (encoding {self.store.uri.rsplit('/', 1)[-1]})"
+            rule = (
+                f"the cache holds no text features of {caption[:60]!r} (encoding {self.store.uri.rsplit('/', 1)[-1]})"
+            )
             raise ConfigError("stages", caption[:60], rule, "run with precache among the stages")
         tensors = self.store.read(self.places[key])
         text = Text(tensors["qwen"][None], tensors["clip"][None])
@@ -118,7 +120,7 @@ def _selected(table: pa.Table, plan: RunPlan) -> pa.Table:
         rule = "the run has no list of its samples"
         raise ConfigError("stages", list(plan.config.stages), rule, "run with precache among the stages")
     keys = layout.read_selection(uri)
-    table = table.filter(pc.is_in(table.column("key"), pa.array(keys, pa.string())))
+    table = table.filter(pc.field("key").isin(keys))
     if table.num_rows != len(keys):
         rule = f"{len(keys) - table.num_rows} of the run's {len(keys)} samples are not in its cache {plan.cache_uri}"
         raise ConfigError("stages", list(plan.config.stages), rule, "run with precache among the stages")
@@ -141,7 +143,16 @@ class Feed:
     """Steps from (epoch, batch) on, read `ahead` steps in advance."""
 
     def __init__(
-        self, dataset: Dataset, *, seed: int, batch_size: int, rank: int, size: int, epoch: int, batch: int, ahead: int = 2
+        self,
+        dataset: Dataset,
+        *,
+        seed: int,
+        batch_size: int,
+        rank: int,
+        size: int,
+        epoch: int,
+        batch: int,
+        ahead: int = 2,
     ) -> None:
         self.dataset, self.seed, self.batch_size = dataset, seed, batch_size
         self.rank, self.size, self.ahead = rank, size, ahead

@@ -59,6 +59,8 @@ class Trainer:
         """Train to the last step, or until asked to stop; returns whether the run is complete."""
         config = self.plan.config
         steps = iter(feed)
+        if self.state.step == 0 and self.validator is not None:
+            self.validator.report_losses(self.transformer, 0)
         while self.state.step < config.train.steps:
             started = time.perf_counter()
             step = next(steps)

@@ -25,7 +25,7 @@ TRAIN_TIMESTEPS = 1000.0
 
 @dataclass(frozen=True)
 class Clip:
-    """One cached sample: posterior of its latents (unscaled, bf16) and, for image-to-video, of its first frame alone."""
+    """One cached sample: the posterior of its latents (unscaled, bf16) and, for i2v, of its first frame alone."""
 
     key: str
     mean_THWC: Tensor

@@ -30,11 +30,10 @@ def parallelise(transformer: nn.Module, mesh: DeviceMesh, train: TrainConfig) ->
     for name in BLOCK_LISTS:
         blocks: Any = transformer.get_submodule(name)
         for i, block in enumerate(blocks):
-            if train.activation_checkpointing:
-                block = checkpoint_wrapper(block, preserve_rng_state=False)
+            wrapped = checkpoint_wrapper(block, preserve_rng_state=False) if train.activation_checkpointing else block
             if train.compile and mesh.device_type == "cuda":
-                block.compile(fullgraph=True)
-            blocks[i] = block
+                wrapped.compile(fullgraph=True)
+            blocks[i] = wrapped
     shard(transformer, mesh, compute_dtype(train))
     return transformer
 

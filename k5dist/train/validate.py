@@ -42,15 +42,19 @@ class Validator:
         self.scheduler = load_scheduler(pretrained)
 
     @torch.no_grad()
-    def run(self, transformer: nn.Module, step: int) -> dict[str, float]:
-        """Held-out losses by name (rank 0 also emits them and the videos' places)."""
+    def run(self, transformer: nn.Module, step: int) -> None:
+        """Held-out losses and a video for every prompt."""
+        self.report_losses(transformer, step)
         transformer.eval()
-        losses = self.held_out_loss(transformer)
-        if losses and self.rank == 0:
-            emit("validation", step=step, losses=losses)
         self.sample_videos(transformer, step)
         transformer.train()
-        return losses
+
+    def report_losses(self, transformer: nn.Module, step: int) -> None:
+        transformer.eval()
+        losses = self.held_out_loss(transformer)
+        transformer.train()
+        if losses and self.rank == 0:
+            emit("validation", step=step, losses=losses)
 
     def held_out_loss(self, transformer: nn.Module) -> dict[str, float]:
         """Mean loss over held-out clips: `loss`, and `loss/sigma-k` for each of the fixed timesteps."""
@@ -165,5 +169,3 @@ def write_probe(uri: str, transformer: nn.Module, validator: Validator) -> None:
 
 def _text_tensors(name: str, text: Text) -> dict[str, Tensor]:
     return {f"{name}.qwen": text.qwen_1LD, f"{name}.clip": text.clip_1D}
-
-

@@ -140,25 +140,27 @@ def build_trainer(plan: RunPlan, device: torch.device) -> tuple[Trainer, Dataset
         plan.checkpoints_uri,
         fingerprint=plan.run_fingerprint,
         keep=config.checkpoint.keep,
-        group=dist.new_group(backend="gloo"),
+        group=new_gloo_group(),
     )
-    stop = StopSignal(dist.new_group(backend="gloo"))
+    stop = StopSignal(new_gloo_group())
     optimiser = make_optimiser(transformer, config.optimizer, device)
-    trainer = Trainer(
-        plan, transformer, optimiser, objective, dataset.texts, checkpoints, None, stop, TrainState()
-    )
+    trainer = Trainer(plan, transformer, optimiser, objective, dataset.texts, checkpoints, None, stop, TrainState())
     if "validate" in config.stages:
         trainer.validator = _validator(plan, trainer, dataset)
     return trainer, dataset
+
+
+def new_gloo_group() -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def _validator(plan: RunPlan, trainer: Trainer, dataset: Dataset) -> Validator:
     if trainer.validator is not None:
         return trainer.validator
     rank, size = data_parallel_rank(plan), plan.world.data_parallel
-    return Validator(
-        plan.config, plan.pretrained, plan.run_uri, dataset, trainer.objective, rank=rank, size=size
-    )
+    return Validator(plan.config, plan.pretrained, plan.run_uri, dataset, trainer.objective, rank=rank, size=size)
 
 
 def plan_encoding(plan: RunPlan) -> TextEncoding:
