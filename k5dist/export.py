@@ -26,8 +26,7 @@ from k5dist.model.pretrained import component_folder
 from k5dist.model.transformer import build_transformer
 from k5dist.plan import RunPlan
 from k5dist.train.checkpoint import committed_steps, step_folder
-from k5dist.train.validate import read_tensors
-from k5dist.train.worker import PROBE
+from k5dist.train.validate import probe_uri, read_tensors
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 REPORT = "export.json"
@@ -171,7 +170,7 @@ def _groups(entries: dict[str, TensorStorageMetadata]) -> Iterator[dict[str, Ten
 
 def _verify(plan: RunPlan, out: Path) -> tuple[float, float]:
     """Relative errors of the pipeline's latents: with the export against the trained model, and base against it."""
-    probe = read_tensors(storage.join(plan.run_uri, PROBE))
+    probe = read_tensors(probe_uri(plan))
     trained = probe["latents"].float()
     base_folder = component_folder(plan.pretrained, "transformer")
     base = _pipeline(plan, base_folder)

@@ -252,10 +252,9 @@ def _warn(config: RunConfig) -> None:
     from k5dist.config import RECOMMENDED_GUIDANCE
 
     low, high = RECOMMENDED_GUIDANCE
-    if not low <= config.validation.guidance <= high:
-        say(
-            f"warning: validation.guidance={config.validation.guidance:g} is outside {low:g}…{high:g}: expect black or noise"
-        )
+    guidance = config.validation.guidance
+    if not low <= guidance <= high:
+        say(f"warning: validation.guidance={guidance:g} is outside {low:g}…{high:g}: videos may be black or noise")
 
 
 def _interrupt(*_: object) -> NoReturn:

@@ -22,6 +22,8 @@ from k5dist.plan import RunPlan
 from k5dist.precache.manifest import Rejected, Row
 from k5dist.precache.pipeline import precache
 from k5dist.tracking.run import TrackedRun
+from k5dist.train.checkpoint import committed_steps
+from k5dist.train.validate import probe_uri
 
 _KEPT_LINES = 200
 
@@ -96,7 +98,7 @@ class TrainingStage:
         self.validation: dict[int, float] = {}
         self.num_videos = 0
         self.failure: dict[str, Any] | None = None
-        self.complete: bool | None = None
+        self.ended_at: int | None = None
         self.tail: list[str] = []
         self._scratch = tempfile.TemporaryDirectory(prefix="k5dist-driver-")
         self._log = (Path(self._scratch.name) / "train.log").open("w")
@@ -112,6 +114,9 @@ class TrainingStage:
 
     def run(self) -> None:
         """Raises TrainingFailed, or KeyboardInterrupt once the workers have saved and ended."""
+        if "train" in self.plan.config.stages and self._complete():
+            say(f"training: step {self.plan.config.train.steps} is reached, nothing to train")
+            return
         steps = self.plan.config.train.steps
         restarts = 0
         with progress_bar("train", steps) as bar:
@@ -127,12 +132,19 @@ class TrainingStage:
                 restarts += 1
                 say(f"the gang stopped ({crash}); restart {restarts} from the newest checkpoint")
         self._log_videos(wait=True)
-        if self.complete is None:
+        if self.ended_at is None:
             raise TrainingFailed(self._explanation("the workers ended without a word"))
+
+    def _complete(self) -> bool:
+        """Whether an earlier launch of the same command has left everything that training leaves."""
+        if self.plan.config.resume != "auto" or not storage.exists(probe_uri(self.plan)):
+            return False
+        steps = committed_steps(self.plan.checkpoints_uri, self.plan.run_fingerprint)
+        return steps[-1:] == [self.plan.config.train.steps]
 
     def _attempt(self, bar: Bar) -> str | None:
         """One gang; None when it ended well, else what happened."""
-        self.failure, self.complete = None, None
+        self.failure, self.ended_at = None, None
         with Gang(self.plan) as gang:
             lines = gang.run()
             try:
@@ -180,7 +192,7 @@ class TrainingStage:
         elif kind == "config_error":
             raise ConfigError(event["key"], event["value"], event["rule"], event["fix"])
         elif kind == "finished":
-            self.complete = event["complete"]
+            self.ended_at = event["step"]
 
     def _log_videos(self, *, wait: bool) -> None:
         for step, place, data in self.videos.finished(wait=wait):

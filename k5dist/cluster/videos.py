@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from k5dist import storage
+from k5dist.console import say
 from k5dist.plan import RunPlan
 
 
@@ -76,7 +78,11 @@ class VideoQueue:
             if not wait and not ray.wait([reference], timeout=0)[0]:
                 break
             self._waiting.pop(0)
-            done.append((step, place, ray.get(reference)))
+            try:
+                done.append((step, place, ray.get(reference)))
+            except RayError as error:
+                # A video is for looking at: without it the training goes on.
+                say(f"warning: the video {place} could not be decoded: {str(error).splitlines()[-1]}")
         return done
 
     def close(self) -> None:

@@ -55,8 +55,8 @@ class Trainer:
     stop: StopSignal
     state: TrainState
 
-    def run(self, feed: Feed) -> bool:
-        """Train to the last step, or until asked to stop; returns whether the run is complete."""
+    def run(self, feed: Feed) -> None:
+        """Train to the last step, or until asked to stop; either way the state is saved when it returns."""
         config = self.plan.config
         steps = iter(feed)
         if self.state.step == 0 and self.validator is not None:
@@ -75,7 +75,6 @@ class Trainer:
                 self.checkpoints.save(self.tensors(), self.state.step)
         self.checkpoints.save(self.tensors(), self.state.step)
         self.checkpoints.finish()
-        return self.state.step == config.train.steps
 
     def train_step(self, step: Step) -> tuple[Tensor, Tensor]:
         """One optimiser step; the batch's mean loss and the gradient's norm before clipping, still on the device."""

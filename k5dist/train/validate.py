@@ -17,6 +17,7 @@ from k5dist.estimate import Bucket
 from k5dist.events import emit
 from k5dist.model.forward import Text
 from k5dist.model.sample import load_scheduler, sample
+from k5dist.plan import RunPlan
 from k5dist.train.checkpoint import step_folder
 from k5dist.train.feed import Dataset, padded_share
 from k5dist.train.objective import Objective
@@ -134,6 +135,10 @@ def publish_tensors(uri: str, tensors: dict[str, Tensor]) -> None:
 
 def read_tensors(uri: str) -> dict[str, Tensor]:
     return safetensors.torch.load(storage.read_bytes(uri))
+
+
+def probe_uri(plan: RunPlan) -> str:
+    return storage.join(plan.run_uri, "probe.safetensors")
 
 
 def write_probe(uri: str, transformer: nn.Module, validator: Validator) -> None:

@@ -26,9 +26,8 @@ from k5dist.train.objective import Objective
 from k5dist.train.optimiser import make_optimiser
 from k5dist.train.parallelise import compute_dtype, make_mesh, parallelise
 from k5dist.train.signals import StopSignal, die_with_parent
-from k5dist.train.validate import Validator, write_probe
+from k5dist.train.validate import Validator, probe_uri, write_probe
 
-PROBE = "probe.safetensors"
 log = logging.getLogger(__name__)
 
 
@@ -89,27 +88,31 @@ def work(plan: RunPlan, device: torch.device, stack: contextlib.ExitStack) -> No
         trainer.resume(found)
         if dist.get_rank() == 0:
             emit("resumed", step=found)
-    complete = trainer.state.step == config.train.steps
-    if "train" in config.stages and not complete:
-        feed = Feed(
-            dataset,
-            seed=config.train.seed,
-            batch_size=plan.batch_size,
-            rank=data_parallel_rank(plan),
-            size=plan.world.data_parallel,
-            epoch=trainer.state.epoch,
-            batch=trainer.state.batch,
-        )
-        stack.callback(feed.close)
-        complete = trainer.run(feed)
-        if complete and trainer.validator is not None:
+    if "train" in config.stages:
+        if trainer.state.step < config.train.steps:
+            trainer.run(make_feed(plan, trainer, dataset, stack))
+        if trainer.state.step == config.train.steps and not storage.exists(probe_uri(plan)):
             trainer.validate()
-        if complete:
-            write_probe(storage.join(plan.run_uri, PROBE), trainer.transformer, _validator(plan, trainer, dataset))
-    elif "validate" in config.stages and (found is not None or "train" not in config.stages):
+            # The last thing a training leaves: its presence says that nothing is missing.
+            write_probe(probe_uri(plan), trainer.transformer, make_validator(plan, trainer, dataset))
+    else:
         trainer.validate()
     if dist.get_rank() == 0:
-        emit("finished", step=trainer.state.step, complete=complete)
+        emit("finished", step=trainer.state.step)
+
+
+def make_feed(plan: RunPlan, trainer: Trainer, dataset: Dataset, stack: contextlib.ExitStack) -> Feed:
+    feed = Feed(
+        dataset,
+        seed=plan.config.train.seed,
+        batch_size=plan.batch_size,
+        rank=data_parallel_rank(plan),
+        size=plan.world.data_parallel,
+        epoch=trainer.state.epoch,
+        batch=trainer.state.batch,
+    )
+    stack.callback(feed.close)
+    return feed
 
 
 def build_trainer(plan: RunPlan, device: torch.device) -> tuple[Trainer, Dataset]:
@@ -146,7 +149,7 @@ def build_trainer(plan: RunPlan, device: torch.device) -> tuple[Trainer, Dataset
     optimiser = make_optimiser(transformer, config.optimizer, device)
     trainer = Trainer(plan, transformer, optimiser, objective, dataset.texts, checkpoints, None, stop, TrainState())
     if "validate" in config.stages:
-        trainer.validator = _validator(plan, trainer, dataset)
+        trainer.validator = make_validator(plan, trainer, dataset)
     return trainer, dataset
 
 
@@ -156,7 +159,7 @@ def new_gloo_group() -> dist.ProcessGroup:
     return group
 
 
-def _validator(plan: RunPlan, trainer: Trainer, dataset: Dataset) -> Validator:
+def make_validator(plan: RunPlan, trainer: Trainer, dataset: Dataset) -> Validator:
     if trainer.validator is not None:
         return trainer.validator
     rank, size = data_parallel_rank(plan), plan.world.data_parallel
