@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,8 @@ _PLAIN_WIDTH = 140  # of tables in a log file
 console = Console(highlight=False, soft_wrap=True)
 if not console.is_terminal:
     console.width = _PLAIN_WIDTH
-_PLAIN_INTERVAL = 5.0  # seconds between lines of progress without a terminal
+# Seconds between lines of progress where there is no terminal; 0 shows every one.
+_PLAIN_INTERVAL = float(os.environ.get("K5DIST_PROGRESS_SECONDS", "5"))
 
 
 def say(text: str) -> None:

@@ -185,6 +185,7 @@ class TrainingStage:
             self.videos.submit(event["step"], event["places"])
         elif kind == "resumed":
             say(f"resumed from the checkpoint of step {event['step']}")
+            self._fill_history(event["history"])
             self.last_step = event["step"]
             bar.to(event["step"])
         elif kind == "failed":
@@ -193,6 +194,14 @@ class TrainingStage:
             raise ConfigError(event["key"], event["value"], event["rule"], event["fix"])
         elif kind == "finished":
             self.ended_at = event["step"]
+
+    def _fill_history(self, history: list[dict[str, Any]]) -> None:
+        """Send the metrics that a killed driver had received but not yet sent."""
+        self.tracked.flush()
+        known = self.tracked.logged_steps("loss")
+        for row in history:
+            if row["step"] not in known:
+                self.tracked.log_metrics(row["metrics"], row["step"])
 
     def _log_videos(self, *, wait: bool) -> None:
         for step, place, data in self.videos.finished(wait=wait):

@@ -216,6 +216,16 @@ class TrackedRun:
         """Queues metrics and returns at once; never raises, whatever the store does."""
         self._sink.put(metrics, step)
 
+    def logged_steps(self, metric: str) -> set[int]:
+        """Steps at which the store holds a value of `metric`; none where it does not answer."""
+        steps: set[int] = set()
+
+        def ask() -> None:
+            steps.update(point.step for point in self._client.get_metric_history(self.run_id, metric))
+
+        self._attempt(f"read the history of {metric}", ask)
+        return steps
+
     def log_artifact(self, local: Path, folder: str) -> None:
         """Uploads a file (or a folder with all in it) into the artifact folder `folder`; `""` is the top."""
         self._attempt(f"store {local}", lambda: self._client.log_artifact(self.run_id, str(local), folder or None))

@@ -1,6 +1,9 @@
 """Checkpoints that are whole or not there: DCP in the background, a commit marker last, the newest few kept.
 
-    checkpoints/step-00000250/   DCP's files, then COMMITTED: step, run fingerprint, the files with their sizes
+    checkpoints/step-00000250/   DCP's files, history.json, then COMMITTED: step, fingerprint, the files' sizes
+
+`history.json` holds the metrics since the checkpoint before: a driver that is killed may not have sent them
+to the tracking server yet, and the resumed run does not compute them again.
 
 A folder without marker, or whose files are not those of the marker, is torn: it is skipped with a warning.
 """
@@ -21,6 +24,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from k5dist import storage
 
 MARKER = "COMMITTED"
+HISTORY = "history.json"
 _STEP = re.compile(r"step-(\d{8})")
 log = logging.getLogger(__name__)
 
@@ -70,7 +74,7 @@ class Checkpoints:
         self.uri, self.fingerprint, self.keep = uri, fingerprint, keep
         self.group = group
         self.stall_seconds = 0.0
-        self._running: tuple[int, Future] | None = None
+        self._running: tuple[int, Future, list[dict[str, Any]]] | None = None
 
     def latest(self) -> int | None:
         """The newest whole checkpoint; rank 0 looks, all agree."""
@@ -85,7 +89,10 @@ class Checkpoints:
         """Fill the tensors of `state` in place, whatever number of ranks saved them."""
         dcp.load(state, checkpoint_id=storage.join(self.uri, step_folder(step)), process_group=self.group)
 
-    def save(self, state: dict[str, Any], step: int) -> None:
+    def history(self, step: int) -> list[dict[str, Any]]:
+        return json.loads(storage.read_text(storage.join(self.uri, step_folder(step), HISTORY)))
+
+    def save(self, state: dict[str, Any], step: int, history: list[dict[str, Any]]) -> None:
         """Copy the tensors and write them in the background; waits first for a save that still runs."""
         started = time.perf_counter()
         self.finish()
@@ -97,7 +104,7 @@ class Checkpoints:
             state, checkpoint_id=folder, process_group=self.group, async_checkpointer_type=AsyncCheckpointerType.THREAD
         )
         assert isinstance(future, Future), "a thread's save is a plain future"
-        self._running = (step, future)
+        self._running = (step, future, history)
         self.stall_seconds += time.perf_counter() - started
 
     def poll(self) -> None:
@@ -109,15 +116,16 @@ class Checkpoints:
         """Wait for the running save and commit it."""
         if self._running is None:
             return
-        step, future = self._running
+        step, future, history = self._running
         future.result()
         self._running = None
         if dist.get_rank() == 0:
-            self._commit(step)
+            self._commit(step, history)
             self._prune()
 
-    def _commit(self, step: int) -> None:
+    def _commit(self, step: int, history: list[dict[str, Any]]) -> None:
         folder = storage.join(self.uri, step_folder(step))
+        storage.publish_bytes(storage.join(folder, HISTORY), json.dumps(history).encode())
         files = storage.sizes(folder)
         marker = {"step": step, "fingerprint": self.fingerprint, "world": dist.get_world_size(), "files": files}
         storage.publish_bytes(storage.join(folder, MARKER), json.dumps(marker, indent=2).encode())

