@@ -289,7 +289,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for stage in self.stages:
-            one_of("stages", stage, STAGES)
+            if stage not in STAGES:
+                raise ConfigError("stages", stage, f"out of {', '.join(STAGES)}", f"stages=[{','.join(STAGES)}]")
+        if self.name is not None and (self.name in ("", ".", "..") or "/" in self.name):
+            raise ConfigError("name", self.name, "a plain folder name", "name=my-run")
         if not self.stages:
             raise ConfigError("stages", [], "at least one stage", f"stages=[{','.join(STAGES)}]")
         one_of("adapter", self.adapter, ("lora", "full"))

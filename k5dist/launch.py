@@ -57,23 +57,33 @@ def compose(overrides: list[str]) -> DictConfig:
         if name != override and name not in flavours():
             near = nearest(name, flavours()) or flavours()
             raise ConfigError("flavour", name, "no such flavour", "did you mean " + ", ".join(near) + "?")
-    with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
-        try:
+    try:
+        with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
             return hydra.compose("config", overrides=overrides)
-        except (HydraException, OmegaConfBaseException) as error:
-            raise _composition_error(error) from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _composition_error(error, overrides) from error
 
 
-def _composition_error(error: Exception) -> ConfigError:
+def _composition_error(error: Exception, overrides: list[str]) -> ConfigError:
     text = " ".join(str(part) for part in (error, error.__cause__) if part)
-    match = re.search(r"Could not override '([\w.@/-]+)'", text) or re.search(r"Could not find '(\w+/\S+?)'", text)
-    key = match[1] if match else "command line"
+    choice = re.search(r"Could not find '(\w+)/(\S+?)'", text)
+    if choice:
+        group, name = choice.groups()
+        choices = sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
+        return ConfigError(
+            group, name, "no such choice", f"did you mean {', '.join(nearest(name, choices) or choices)}?"
+        )
+    match = re.search(r"Could not override '([\w.@/-]+)'", text)
+    if match is None:
+        rule = str(error).strip().splitlines()[0]
+        return ConfigError("command line", " ".join(overrides), rule, "overrides are written key=value")
+    key = match[1]
+    value = next((o.partition("=")[2] for o in overrides if o.partition("=")[0] == key), None)
     with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
         known = _leaf_keys(OmegaConf.to_container(hydra.compose("config", overrides=["+flavour=t2v-tiny"])), "")
-    near = nearest(key, known) if match else []
+    near = nearest(key, known)
     fix = f"did you mean {', '.join(near)}?" if near else "keys and their meanings stand in conf/config.yaml"
-    rule = "no such key" if match else str(error).strip().splitlines()[0]
-    return ConfigError(key, None, rule, fix)
+    return ConfigError(key, value, "no such key", fix)
 
 
 def _leaf_keys(node: Any, path: str) -> list[str]:

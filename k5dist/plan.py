@@ -165,7 +165,7 @@ def _world(config: RunConfig, facts: ClusterFacts) -> World:
 
 
 def _with_batch(config: RunConfig, data_parallel: int) -> RunConfig:
-    """Where no batch is asked for: the smallest multiple of the workers that is at least 8, so 1 to 8 GPUs agree."""
+    """Where no batch is asked for: the smallest multiple of the workers that is at least 8 (1, 2, 4, 8 GPUs agree)."""
     if config.train.batch_size is not None:
         return config
     batch = -(-DEFAULT_BATCH // data_parallel) * data_parallel

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -39,8 +40,8 @@ def one_of(key: str, value: str, allowed: Iterable[str]) -> None:
 
 
 def positive(key: str, value: float) -> None:
-    if not value > 0:
-        raise ConfigError(key, value, "greater than 0", f"{key}=1")
+    if not 0 < value < math.inf:
+        raise ConfigError(key, value, "a finite number greater than 0", f"{key}=1")
 
 
 def build(cls: type, mapping: Mapping[str, Any], path: str) -> Any:
@@ -75,9 +76,9 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         for option in options:
             if option is not type(None) and _fits(option, value):
                 return _convert(option, value, key)
-        raise ConfigError(key, value, f"must be {_describe(hint)}", f"see {key} in conf/config.yaml")
+        raise ConfigError(key, value, f"must be {_describe(hint)}", f"see {key} in conf/")
     if not _fits(hint, value):
-        raise ConfigError(key, value, f"must be {_describe(hint)}", f"see {key} in conf/config.yaml")
+        raise ConfigError(key, value, f"must be {_describe(hint)}", f"see {key} in conf/")
     if origin is tuple:
         item = typing.get_args(hint)[0]
         return tuple(_convert(item, v, f"{key}[{i}]") for i, v in enumerate(value))
@@ -98,7 +99,7 @@ def _describe(hint: Any) -> str:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(_describe(option) for option in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
-        return f"a list of {_describe(typing.get_args(hint)[0])}s"
+        return "a list, each item " + _describe(typing.get_args(hint)[0])
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}.get(
         hint, str(hint)
     )

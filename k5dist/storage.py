@@ -22,6 +22,7 @@ import fsspec
 from k5dist.schema import ConfigError
 
 PACKAGE_SCHEME = "package://"
+_ASIDE = ".k5dist-tmp-"  # begins the names of files that are not whole yet
 
 
 def is_local(uri: str) -> bool:
@@ -84,7 +85,7 @@ def list_folder(uri: str) -> list[str]:
     fs, path = filesystem(uri)
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         names = (entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
-        return sorted(name for name in names if name and not name.startswith(".tmp-"))
+        return sorted(name for name in names if name and not name.startswith(_ASIDE))
     return []
 
 
@@ -92,12 +93,26 @@ def find(uri: str) -> dict[str, dict[str, Any]]:
     """Every file below `uri`: its path relative to `uri` → fsspec's facts (size, mtime or ETag)."""
     fs, path = filesystem(uri)
     prefix = path.rstrip("/") + "/"
-    return {name.removeprefix(prefix): info for name, info in fs.find(path, detail=True).items()}
+    found = fs.find(path, detail=True).items()
+    return {name.removeprefix(prefix): info for name, info in found if _ASIDE not in name}
 
 
 def sizes(uri: str) -> dict[str, int]:
     """Bytes of every file below `uri`, by its path relative to `uri`."""
     return {name: int(info["size"]) for name, info in find(uri).items()}
+
+
+@contextlib.contextmanager
+def _written_aside(target: Path) -> Iterator[Path]:
+    """A name beside `target` that becomes `target` when the `with` ends well, and is gone when it does not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f"{_ASIDE}{uuid.uuid4().hex}")
+    try:
+        yield aside
+        aside.replace(target)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def publish_bytes(uri: str, data: bytes) -> None:
@@ -106,14 +121,10 @@ def publish_bytes(uri: str, data: bytes) -> None:
     if not is_local(uri):
         fs.pipe_file(path, data)
         return
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".tmp-{uuid.uuid4().hex}")
-    with aside.open("wb") as file:
+    with _written_aside(Path(path)) as aside, aside.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    aside.replace(target)
 
 
 def publish_file(local: Path, uri: str) -> None:
@@ -122,11 +133,8 @@ def publish_file(local: Path, uri: str) -> None:
     if not is_local(uri):
         fs.put_file(str(local), path)
         return
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".tmp-{uuid.uuid4().hex}")
-    shutil.copyfile(local, aside)
-    aside.replace(target)
+    with _written_aside(Path(path)) as aside:
+        shutil.copyfile(local, aside)
 
 
 def publish_folder(local: Path, uri: str, last: str) -> None:
@@ -145,10 +153,8 @@ def fetch_folder(uri: str, local: Path) -> Path:
         target = local / name
         if target.exists() and target.stat().st_size == int(info["size"]):
             continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = target.with_name(f".tmp-{uuid.uuid4().hex}")
-        fs.get_file(join(path, name), str(aside))
-        aside.replace(target)
+        with _written_aside(target) as aside:
+            fs.get_file(join(path, name), str(aside))
     return local
 
 

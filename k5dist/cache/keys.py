@@ -31,8 +31,7 @@ def content_digest(uri: str) -> str:
     if size <= WHOLE_FILE_BYTES:
         digest.update(fs.cat_file(path))
     else:
-        step = (size - CHUNK_BYTES) / (SAMPLED_CHUNKS - 1)
-        starts = [int(i * step) for i in range(SAMPLED_CHUNKS)]
+        starts = [i * (size - CHUNK_BYTES) // (SAMPLED_CHUNKS - 1) for i in range(SAMPLED_CHUNKS)]
         for chunk in fs.cat_ranges([path] * SAMPLED_CHUNKS, starts, [s + CHUNK_BYTES for s in starts]):
             digest.update(chunk)
     return digest.hexdigest()

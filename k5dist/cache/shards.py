@@ -69,6 +69,8 @@ class ShardStore:
         """Publish one shard and then its index part; returns the shard's name."""
         if not records:
             raise ValueError("a shard holds at least one record")
+        if len({record.key for record in records}) < len(records):
+            raise ValueError("a key stands twice in one shard")
         records = sorted(records, key=lambda record: record.key)
         name = hashlib.sha256("".join(record.key for record in records).encode()).hexdigest()[:24]
         data, rows = _serialise(name, records)

@@ -146,13 +146,13 @@ class TrainingStage:
         """One gang; None when it ended well, else what happened."""
         self.failure, self.ended_at = None, None
         with Gang(self.plan) as gang:
-            lines = gang.run()
+            gang.start()
             try:
-                return self._follow(lines, bar)
+                return self._follow(gang.output(), bar)
             except KeyboardInterrupt:
                 say("stopping: the workers finish their step and save a checkpoint (Ctrl-C again to drop it)")
                 gang.ask_to_stop()
-                self._follow(lines, bar)
+                self._follow(gang.output(), bar)
                 raise
             except RayActorError as error:
                 return f"a node was lost: {str(error).splitlines()[0]}"

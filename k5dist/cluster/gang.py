@@ -168,6 +168,7 @@ class Gang:
         self.plan = plan
         self._group: PlacementGroup | None = None
         self._agents: list[Any] = []
+        self._pieces: queue.Queue[Any] = queue.Queue()
 
     def __enter__(self) -> Gang:
         world = self.plan.world
@@ -206,30 +207,54 @@ class Gang:
     def ask_to_stop(self) -> None:
         ray.get([agent.ask_to_stop.remote() for agent in self._agents], timeout=30)
 
-    def run(self) -> Iterator[str | int]:
-        """One attempt: yields every line of every node; the worst exit status last.
+    def start(self) -> None:
+        """Begin one attempt; `output` follows it."""
+        world = self.plan.world
+        endpoint: Any = ray.get(self._agents[0].endpoint.remote())
+        launch = Launch(self.plan.plan_uri, world.nodes, world.workers_per_node, endpoint, uuid.uuid4().hex[:12])
+        streams = {
+            agent.run.options(num_returns="streaming").remote(launch, i == 0): i for i, agent in enumerate(self._agents)
+        }
+        # On a thread, so that Ctrl-C interrupts the main thread between lines and never within a call into Ray.
+        threading.Thread(target=_collect, args=(streams, self._pieces), daemon=True).start()
+
+    def output(self) -> Iterator[str | int]:
+        """Every line of every node; the worst exit status last. May be left and entered again.
 
         Raises:
             ray.exceptions.RayActorError: when a node or its agent is lost.
         """
-        world = self.plan.world
-        endpoint: Any = ray.get(self._agents[0].endpoint.remote())
-        launch = Launch(self.plan.plan_uri, world.nodes, world.workers_per_node, endpoint, uuid.uuid4().hex[:12])
-        streams: dict[Any, int] = {
-            agent.run.options(num_returns="streaming").remote(launch, i == 0): i for i, agent in enumerate(self._agents)
-        }
-        statuses = []
+        while True:
+            try:
+                piece = self._pieces.get(timeout=0.5)
+            except queue.Empty:
+                continue
+            if isinstance(piece, BaseException):
+                raise piece
+            yield piece
+            if isinstance(piece, int):
+                return
+
+
+def _collect(streams: dict[Any, int], pieces: queue.Queue[Any]) -> None:
+    """Put what the agents yield into `pieces`: lines, and in the end the worst status or the error."""
+    statuses = []
+    try:
         while streams:
             ready, _ = ray.wait(list(streams), num_returns=1, fetch_local=False)
             stream: Any
             for stream in ready:
                 try:
-                    piece = ray.get(next(stream))
+                    piece: Any = ray.get(next(stream))
                 except StopIteration:
                     del streams[stream]
                     continue
                 if isinstance(piece, int):
                     statuses.append(piece)
                 else:
-                    yield from piece
-        yield max((abs(status) for status in statuses), default=1)
+                    for line in piece:
+                        pieces.put(line)
+    except BaseException as error:
+        pieces.put(error)
+        return
+    pieces.put(max((abs(status) for status in statuses), default=1))

@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import threading
 from collections.abc import Iterator
 from typing import Any
-
-import ray
 
 from k5dist.config import ClusterConfig, ConfigError
 from k5dist.plan import ClusterFacts
 
 _ATTACH_SECONDS = 30
+_SECRET = re.compile("KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL")
 _PROPAGATED = ("AWS_", "S3_", "FSSPEC_", "HF_", "CUDA_", "NCCL_", "GLOO_", "TORCH_", "OMP_")
 
 
@@ -49,6 +49,8 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
     Raises:
         ConfigError: when a cluster's address does not answer.
     """
+    import ray
+
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray would otherwise pack the whole working folder when it finds a project file in it.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
@@ -86,5 +88,8 @@ def _attach(address: str, options: dict[str, Any]) -> None:
         reason = str(failure[0]).splitlines()[0] if failure else f"no answer in {_ATTACH_SECONDS} s"
         fix = "start one with `ray start --head`, or set cluster.address=<host:port>, or cluster=local"
         raise ConfigError("cluster.address", address, f"a Ray cluster must run there ({reason})", fix)
-    environment = {k: v for k, v in os.environ.items() if k.startswith(_PROPAGATED)}
+    import ray
+
+    # Ray stores and logs a job's environment: what is secret stays in the nodes' own environment or profile.
+    environment = {k: v for k, v in os.environ.items() if k.startswith(_PROPAGATED) and not _SECRET.search(k)}
     ray.init(address=address, runtime_env={"env_vars": environment}, **options)

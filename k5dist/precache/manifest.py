@@ -95,7 +95,7 @@ def _manifest_rows(source: str) -> Iterator[Row | Rejected]:
             try:
                 start, end = float(entry.get("start") or 0), entry.get("end")
                 yield Row(whole, caption.strip(), start, None if end in (None, "") else float(end))
-            except ValueError:
+            except (TypeError, ValueError):
                 yield Rejected(uri, "start and end must be seconds")
 
 
@@ -106,16 +106,21 @@ def _entries(source: str) -> Iterator[dict[str, Any]]:
         with storage.open_read(source) as file:
             yield from pq.read_table(file).to_pylist()
         return
-    text = storage.read_bytes(source).decode("utf-8-sig")
+    try:
+        text = storage.read_bytes(source).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ConfigError("data.source", source, "a manifest must be UTF-8 text", "save it as UTF-8") from None
     if source.lower().endswith(".csv"):
         yield from csv.DictReader(io.StringIO(text))
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            yield json.loads(line)
+            entry = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ConfigError(
-                "data.source", f"{source}:{number}", f"is not JSON ({error.msg})", "one object a line"
-            ) from None
+            place, rule = f"{source}:{number}", f"is not JSON ({error.msg})"
+            raise ConfigError("data.source", place, rule, "one object a line") from None
+        if not isinstance(entry, dict):
+            raise ConfigError("data.source", f"{source}:{number}", "is no JSON object", "one object a line")
+        yield entry

@@ -94,6 +94,17 @@ def test_activation_checkpointing_and_bf16(root: Path, tiny_t2v: Path, full: tup
     assert bf16.losses != full[1].losses
 
 
+def test_fillings_count_for_nothing(root: Path, tiny_t2v: Path) -> None:
+    still = ("optimizer.lr=1e-12", "optimizer.warmup_steps=0")  # so that weights are those of step 1 throughout
+    filled, whole = train(
+        make_run(root, tiny_t2v, "filled", "train.steps=2", *still, clips=6),
+        make_run(root, tiny_t2v, "whole", "train.steps=3", "train.batch_size=2", *still, clips=6),
+    )
+    assert filled.losses[2] == pytest.approx(whole.losses[3], rel=FP32), "the same two clips end the epoch"
+    assert filled.norms[2] == pytest.approx(whole.norms[3], rel=FP32)
+    assert filled.losses[1] == pytest.approx((whole.losses[1] + whole.losses[2]) / 2, rel=FP32)
+
+
 def test_the_world_is_in_what_is_reported(lora: tuple[RunPlan, Result], lora_on_two: tuple[RunPlan, Result]) -> None:
     assert [result.events("started")[0]["world"] for _, result in (lora, lora_on_two)] == [1, 2]
     assert lora[1].metric("epoch") == lora_on_two[1].metric("epoch") == {1: 0, 2: 0, 3: 0, 4: 1, 5: 1, 6: 1}

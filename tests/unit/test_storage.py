@@ -116,7 +116,7 @@ def test_an_interrupted_publication_shows_nothing(tmp_path: Path) -> None:
 
 def test_an_interrupted_publication_is_not_found_either(tmp_path: Path) -> None:
     publish_on_a_full_disk(tmp_path / "file")
-    (tmp_path / f".tmp-{uuid.uuid4().hex}").write_bytes(b"of a process that was killed")
+    (tmp_path / f".k5dist-tmp-{uuid.uuid4().hex}").write_bytes(b"of a process that was killed")
     assert storage.find(str(tmp_path)) == {}
 
 
