@@ -22,6 +22,10 @@ import fsspec
 from k5dist.schema import ConfigError
 
 PACKAGE_SCHEME = "package://"
+# Stores other than Amazon's answer a range request with the whole object's checksum, or none: botocore's newer default
+# would refuse every such read. What a user sets stays.
+os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
+os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
 _ASIDE = ".k5dist-tmp-"  # begins the names of files that are not whole yet
 
 

@@ -151,7 +151,8 @@ def _torchrun(launch: Launch, is_host: bool, address: str) -> list[str]:
 
 def _environment(launch: Launch) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(_STRIPPED)}
-    threads = max(1, (os.cpu_count() or 1) // launch.workers_per_node)
+    # Workers that each take every core would only wait for each other; a job's share may be less than the machine.
+    threads = max(1, len(os.sched_getaffinity(0)) // launch.workers_per_node)
     fixed = {
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": str(threads),

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import re
+import tempfile
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,7 @@ from k5dist.config import ClusterConfig, ConfigError
 from k5dist.plan import ClusterFacts
 
 _ATTACH_SECONDS = 30
+_LONGEST_TEMPORARY = 30  # characters; Ray adds 73
 _SECRET = re.compile("KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL")
 _PROPAGATED = ("AWS_", "S3_", "FSSPEC_", "HF_", "CUDA_", "NCCL_", "GLOO_", "TORCH_", "OMP_")
 
@@ -59,13 +61,22 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if config.kind == "local" and not config.address:
         cores = max(2, os.cpu_count() or 1)  # precache streams through at least two workers
-        ray.init(address="local", include_dashboard=False, num_cpus=cores, **quiet)
+        ray.init(address="local", include_dashboard=False, num_cpus=cores, _temp_dir=_short_folder(), **quiet)
     else:
         _attach(config.address or os.environ.get("RAY_ADDRESS", "auto"), quiet)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _short_folder() -> str | None:
+    """Ray puts sockets below the temporary folder, and a socket's path has at most 107 bytes."""
+    if len(tempfile.gettempdir()) <= _LONGEST_TEMPORARY:
+        return None
+    folder = f"/tmp/ray-{os.getuid()}"
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    return folder
 
 
 def _attach(address: str, options: dict[str, Any]) -> None:

@@ -106,15 +106,14 @@ class AttentionProcessor:
 
 
 def nabla_parameters(model: ModelConfig, tokens_THW: tuple[int, int, int], device: torch.device) -> NablaParameters:
-    """For a clip of (T, H, W) tokens; H and W are multiples of 8 (the plan saw to it)."""
+    """For a clip of (T, H, W) tokens; H and W are multiples of 8 (the plan saw to it).
+
+    The window is always or-ed in: the inference pipeline never reads `attention_add_sta` either.
+    """
     window = (model.attention_wT, model.attention_wH, model.attention_wW)
     probability = model.attention_P
     assert probability is not None and all(w is not None for w in window), "NABLA checkpoints say P and windows"
     frames, height, width = tokens_THW
     blocks = (frames, height // NABLA_BLOCK, width // NABLA_BLOCK)
-    num_blocks = math.prod(blocks)
-    if model.attention_add_sta is False:
-        mask = torch.zeros(num_blocks, num_blocks, dtype=torch.bool, device=device)
-    else:
-        mask = sliding_tile_window(blocks, tuple(int(w or 0) for w in window), device)  # type: ignore[arg-type]
-    return NablaParameters(probability, mask[None, None])
+    widths = (int(window[0] or 0), int(window[1] or 0), int(window[2] or 0))
+    return NablaParameters(probability, sliding_tile_window(blocks, widths, device)[None, None])

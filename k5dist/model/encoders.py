@@ -105,15 +105,33 @@ class TextEncoders:
         self.pipeline.prompt_template = encoding.template
         self.pipeline.prompt_template_encode_start_idx = encoding.start
 
-    @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(Qwen features [L, in_text_dim] at the caption's true length, CLIP pooled [in_text_dim2]) a caption, on CPU.
 
         Captions are padded on the right; Qwen is causal, so padding changes nothing for the real tokens, and it is cut
-        off again.
+        off again. A caption that must be truncated goes alone: the pipeline cuts every text of a batch as soon as one
+        is too long, the short ones by the length of their padding.
         """
+        features: list[tuple[torch.Tensor, torch.Tensor]] = [(torch.empty(0), torch.empty(0))] * len(captions)
+        too_long = [at for at, caption in enumerate(captions) if self._is_too_long(caption)]
+        together = [at for at in range(len(captions)) if at not in too_long]
+        for group in [together, *([at] for at in too_long)]:
+            if group:
+                for at, feature in zip(group, self._encode_batch([captions[at] for at in group]), strict=True):
+                    features[at] = feature
+        return features
+
+    def _is_too_long(self, caption: str) -> bool:
+        from diffusers.pipelines.kandinsky5.pipeline_kandinsky import prompt_clean
+
+        tokens = self.pipeline.tokenizer.tokenizer(self.encoding.template.format(prompt_clean(caption)))["input_ids"]
+        return len(tokens) > self.encoding.start + self.encoding.max_tokens
+
+    @torch.no_grad()
+    def _encode_batch(self, captions: list[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         qwen, clip, cu_seqlens = self.pipeline.encode_prompt(
-            list(captions), max_sequence_length=self.encoding.max_tokens, device=self.device
+            captions, max_sequence_length=self.encoding.max_tokens, device=self.device
         )
         lengths = cu_seqlens.diff().tolist()
+        assert min(lengths) > 0, "every prompt has tokens"
         return [(qwen[i, :length].float().cpu(), clip[i].float().cpu()) for i, length in enumerate(lengths)]

@@ -67,9 +67,6 @@ def start_process_group(plan: RunPlan) -> torch.device:
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
     else:
         device = torch.device("cpu")
-        # Workers that each take every core would only wait for each other.
-        cores = os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // plan.world.workers_per_node))
         dist.init_process_group("gloo")
     if dist.get_world_size() != plan.world.size:
         rule = f"the plan is for {plan.world.size} workers"
