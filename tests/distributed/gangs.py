@@ -28,13 +28,15 @@ SCALE = 0.476986
 _SECONDS = 120
 
 
-def make_run(root: Path, checkpoint: Path, name: str, *overrides: str, workers: int = 1, clips: int = 10) -> RunPlan:
+def make_run(
+    root: Path, checkpoint: Path, name: str, *overrides: str, workers: int = 1, clips: int = 10, gpu: bool = False
+) -> RunPlan:
     """A planned run on `clips` random clips: plan, cache and selection are written, nothing is started."""
     task = "i2v" if checkpoint.name == "i2v" else "t2v"
     settings = [f"+flavour={task}-tiny", f"name={name}", f"pretrained={checkpoint}", f"storage.root={root}"]
     settings += ["stages=[train]", "data.held_out=0", "train.steps=6", "train.batch_size=4", "optimizer.warmup_steps=2"]
     settings += ["checkpoint.every=100", "validation.prompts=[a red car]", f"cluster.workers_per_node={workers}"]
-    plan = make_plan(to_run_config(compose([*settings, *overrides])), ClusterFacts(0), IDENTITY)
+    plan = make_plan(to_run_config(compose([*settings, *overrides])), ClusterFacts(workers if gpu else 0), IDENTITY)
     storage.publish_bytes(plan.plan_uri, plan.to_json().encode())
     if not storage.exists(storage.join(plan.cache_uri, "cache.json")):
         _write_cache(plan)
