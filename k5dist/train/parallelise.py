@@ -1,4 +1,4 @@
-"""Parallelism as functions applied to a finished model: checkpointing, then compile, then FSDP2, in that order."""
+"""Parallelism as functions applied to a finished model: compile, then checkpointing, then FSDP2, in that order."""
 
 from __future__ import annotations
 
@@ -30,10 +30,12 @@ def parallelise(transformer: nn.Module, mesh: DeviceMesh, train: TrainConfig) ->
     for name in BLOCK_LISTS:
         blocks: Any = transformer.get_submodule(name)
         for i, block in enumerate(blocks):
-            wrapped = checkpoint_wrapper(block, preserve_rng_state=False) if train.activation_checkpointing else block
             if train.compile and mesh.device_type == "cuda":
-                wrapped.compile(fullgraph=True)
-            blocks[i] = wrapped
+                # Not as one graph: the fp32 modulation is an FSDP2 group of its own, and its hooks break the graph
+                # where the block begins. Checkpointing goes around what is compiled for the same reason.
+                block.compile()
+            if train.activation_checkpointing:
+                blocks[i] = checkpoint_wrapper(block, preserve_rng_state=False)
     shard(transformer, mesh, compute_dtype(train))
     return transformer
 
