@@ -295,6 +295,7 @@ class RunConfig:
             raise ConfigError("name", self.name, "a plain folder name", "name=my-run")
         if not self.stages:
             raise ConfigError("stages", [], "at least one stage", f"stages=[{','.join(STAGES)}]")
+        self._check_no_credentials()
         one_of("adapter", self.adapter, ("lora", "full"))
         one_of("resume", self.resume, ("auto", "never"))
         if self.pretrained == "???":
@@ -311,6 +312,17 @@ class RunConfig:
         if self.flavour.task == "i2v" and self.validation_shape[0] < 17:
             rule = "the image-to-video pipeline normalises 5 latent frames after the first: at least 17 frames"
             raise ConfigError("validation.num_frames", self.validation_shape[0], rule, "validation.num_frames=17")
+
+    def _check_no_credentials(self) -> None:
+        """Configurations are stored and shown: a login in a URI would be, too."""
+        uris = {"storage.root": self.storage.root, "tracking.uri": self.tracking.uri, "data.source": self.data.source}
+        for key, uri in {**uris, "pretrained": self.pretrained}.items():
+            scheme, separator, rest = (uri or "").partition("://")
+            authority = rest.split("/", 1)[0]
+            if separator and "@" in authority:
+                shown = f"{scheme}://…@{authority.rsplit('@', 1)[1]}"
+                fix = "use the environment (AWS_*, MLFLOW_TRACKING_USERNAME and _PASSWORD) or a profile"
+                raise ConfigError(key, shown, "a configuration holds no credentials", fix)
 
     def _check_nabla(self) -> None:
         shapes = [("data.resolution", h, w) for h, w in self.resolutions]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 import signal
@@ -19,10 +21,11 @@ from omegaconf.errors import OmegaConfBaseException
 from k5dist import storage
 from k5dist.config import ConfigError, RunConfig, nearest
 from k5dist.console import say, show_table
-from k5dist.estimate import GIB
+from k5dist.estimate import GIB, Bucket
 from k5dist.plan import ClusterFacts, Estimates, RunPlan, estimates, make_plan
 
 DEFAULT_FLAVOUR = "t2v-lite-sft-5s"
+REFERENCE_NABLA_TOKENS = 16_384  # a head's boolean mask of S × S stays below 300 MB
 EXIT_CONFIG, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
 
 
@@ -114,7 +117,6 @@ def plan_run(config: RunConfig) -> RunPlan:
         facts = ClusterFacts(1, None, assumed=True)
     if not only_planning:
         pretrained.check(config)
-        _refuse_unfinished(config)
     plan = make_plan(config, facts, _identity(config, only_planning))
     if plan.tracking_uri:
         return plan
@@ -137,6 +139,11 @@ def _refuse_unfinished(config: RunConfig) -> None:
         rule = "this release plans for it but does not submit there yet"
         fix = "start Ray in the allocation and use cluster=ray cluster.address=<host:port>"
         raise ConfigError("cluster", config.cluster.kind, rule, fix)
+    largest = max(math.prod(Bucket(config.data.num_frames, *sides).latent_shape) // 4 for sides in config.resolutions)
+    if config.model.is_sparse and largest > REFERENCE_NABLA_TOKENS:
+        rule = f"this release attends sparsely by expanded masks, which {largest:,} tokens would fill the memory with"
+        fix = f"a bucket of at most {REFERENCE_NABLA_TOKENS:,} tokens (smaller sides, fewer frames), or a dense flavour"
+        raise ConfigError("data.resolution", config.data.resolution, rule, fix)
     if config.parallel.context > 1:
         rule = "this release plans context parallelism but does not run it yet"
         raise ConfigError("parallel.context", config.parallel.context, rule, "parallel.context=1")
@@ -196,8 +203,10 @@ def launch(composed: DictConfig) -> int:
         show_plan(plan)
         _warn(config)
         storage.check_writable("storage.root", storage.normalise(config.storage.root))
+        _check_folder(plan)
         if config.stages == ("plan",):
-            storage.publish_bytes(plan.plan_uri, plan.to_json().encode())
+            if not storage.exists(plan.plan_uri):  # a run that is under way keeps the plan its workers read
+                storage.publish_bytes(plan.plan_uri, plan.to_json().encode())
             say(f"plan: {plan.plan_uri}")
             return 0
         return run_plan(plan, OmegaConf.to_yaml(composed))
@@ -209,11 +218,22 @@ def launch(composed: DictConfig) -> int:
         return EXIT_INTERRUPTED
 
 
+def _check_folder(plan: RunPlan) -> None:
+    """A run's folder belongs to one run: its probe, samples and checkpoints say nothing about another."""
+    if plan.config.resume == "never" or not storage.exists(plan.plan_uri):
+        return
+    found = json.loads(storage.read_text(plan.plan_uri))["run_fingerprint"]
+    if found != plan.run_fingerprint:
+        rule = f"its folder holds run {found}, and these settings make run {plan.run_fingerprint}"
+        raise ConfigError("name", plan.name, rule, "choose another name, or resume=never to replace what is there")
+
+
 def run_plan(plan: RunPlan, resolved_yaml: str) -> int:
     from k5dist.cluster.driver import TrainingFailed, run_stages, tracked_run
     from k5dist.precache.pipeline import PrecacheError, check_source
     from k5dist.tracking.run import TrackingUnreachable, check_tracking
 
+    _refuse_unfinished(plan.config)
     source = check_source(plan) if "precache" in plan.config.stages else ([], [])
     try:
         check_tracking(plan.tracking_uri)
@@ -222,7 +242,7 @@ def run_plan(plan: RunPlan, resolved_yaml: str) -> int:
             "tracking.uri", plan.tracking_uri, str(error), "start the server, or leave it null"
         ) from error
     if plan.config.resume == "never":
-        storage.remove_folder(plan.run_uri)
+        storage.remove(plan.run_uri)
     storage.publish_bytes(plan.plan_uri, plan.to_json().encode())
     storage.publish_bytes(storage.join(plan.run_uri, "config.yaml"), resolved_yaml.encode())
     root = storage.normalise(plan.config.storage.root)
@@ -246,8 +266,6 @@ def run_plan(plan: RunPlan, resolved_yaml: str) -> int:
 
 
 def _tracking_json(run_id: str) -> bytes:
-    import json
-
     return json.dumps({"run_id": run_id}).encode()
 
 

@@ -116,7 +116,7 @@ def make_plan(config: RunConfig, facts: ClusterFacts, pretrained_identity: str) 
         ConfigError: where degrees, world size and batch do not fit together.
     """
     world = _world(config, facts)
-    config = _with_batch(config, world.data_parallel)
+    config = _with_batch(_with_absolute_source(config), world.data_parallel)
     assert config.train.batch_size is not None
     if config.train.batch_size % world.data_parallel:
         degree = world.data_parallel
@@ -133,7 +133,7 @@ def make_plan(config: RunConfig, facts: ClusterFacts, pretrained_identity: str) 
         world=world,
         buckets=buckets,
         name=name,
-        pretrained=config.pretrained,
+        pretrained=_checkpoint_uri(config, pretrained_identity),
         pretrained_identity=pretrained_identity,
         cache_fingerprint=cache_fingerprint,
         run_fingerprint=run_fingerprint,
@@ -162,6 +162,21 @@ def _world(config: RunConfig, facts: ClusterFacts) -> World:
         fix = f"parallel.shard={size // rest}" if size % rest == 0 else "lower parallel.replicate or parallel.context"
         raise ConfigError(key, value, rule, fix)
     return World(cluster.nodes, workers, device, facts.gpu_name, shard, parallel.replicate, parallel.context)
+
+
+def _with_absolute_source(config: RunConfig) -> RunConfig:
+    """Workers have other working folders than the person who typed a relative path."""
+    if config.data.source is None:
+        return config
+    source = storage.stable_name(config.data.source)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, source=source))
+
+
+def _checkpoint_uri(config: RunConfig, identity: str) -> str:
+    """The checkpoint's absolute place, or its hub id; a generated one's place says what was generated."""
+    if config.flavour.generated:
+        return f"{storage.normalise(config.pretrained)}-{identity.rsplit(':', 1)[-1][:8]}"
+    return config.pretrained if identity.startswith("hub:") else storage.normalise(config.pretrained)
 
 
 def _with_batch(config: RunConfig, data_parallel: int) -> RunConfig:

@@ -22,6 +22,9 @@ class ConfigError(Exception):
         self.key, self.value, self.rule, self.fix = key, value, rule, fix
         super().__init__(f"{key}={value!r}: {rule}. {fix}")
 
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, object, str, str]]:
+        return type(self), (self.key, self.value, self.rule, self.fix)  # it crosses process borders
+
     def block(self) -> str:
         rows = (("key", self.key), ("value", repr(self.value)), ("rule", self.rule), ("fix", self.fix))
         return "\n".join(["Configuration error", *(f"  {name:<5} {text}" for name, text in rows)])

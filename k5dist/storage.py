@@ -162,7 +162,8 @@ def fetch_folder(uri: str, local: Path) -> Path:
     return local
 
 
-def remove_folder(uri: str) -> None:
+def remove(uri: str) -> None:
+    """Delete a file, or a folder with all that is in it; nothing happens where there is nothing."""
     fs, path = filesystem(uri)
     with contextlib.suppress(FileNotFoundError):
         fs.rm(path, recursive=True)

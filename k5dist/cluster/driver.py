@@ -146,8 +146,8 @@ class TrainingStage:
         """One gang; None when it ended well, else what happened."""
         self.failure, self.ended_at = None, None
         with Gang(self.plan) as gang:
-            gang.start()
             try:
+                gang.start()
                 return self._follow(gang.output(), bar)
             except KeyboardInterrupt:
                 say("stopping: the workers finish their step and save a checkpoint (Ctrl-C again to drop it)")

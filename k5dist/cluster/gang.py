@@ -12,6 +12,7 @@ import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -51,6 +52,7 @@ class Agent:
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
+        self.logs = tempfile.TemporaryDirectory(prefix="k5dist-torchrun-")
 
     def endpoint(self) -> str:
         import socket
@@ -62,7 +64,7 @@ class Agent:
     def run(self, launch: Launch, is_host: bool) -> Iterator[list[str] | int]:
         """Yields lists of lines as they come, and the exit status last."""
         self.process = subprocess.Popen(
-            _torchrun(launch, is_host, ray.util.get_node_ip_address()),
+            _torchrun(launch, is_host, ray.util.get_node_ip_address(), self.logs.name),
             env=_environment(launch),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -98,6 +100,7 @@ class Agent:
 
     def kill(self) -> None:
         """End everything this agent started."""
+        self.logs.cleanup()
         if self.process is None:
             return
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -133,7 +136,7 @@ def _pump(stream: Any, lines: queue.Queue[str | None]) -> None:
     lines.put(None)
 
 
-def _torchrun(launch: Launch, is_host: bool, address: str) -> list[str]:
+def _torchrun(launch: Launch, is_host: bool, address: str, log_folder: str) -> list[str]:
     options = [
         f"--nnodes={launch.nodes}",
         f"--nproc-per-node={launch.workers_per_node}",
@@ -145,6 +148,7 @@ def _torchrun(launch: Launch, is_host: bool, address: str) -> list[str]:
         "--max-restarts=0",
         "--monitor-interval=0.2",
         "--tee=3",
+        f"--log-dir={log_folder}",
     ]
     return [sys.executable, "-m", "torch.distributed.run", *options, "-m", WORKER_MODULE, launch.plan_uri]
 
@@ -220,7 +224,7 @@ class Gang:
         threading.Thread(target=_collect, args=(streams, self._pieces), daemon=True).start()
 
     def output(self) -> Iterator[str | int]:
-        """Every line of every node; the worst exit status last. May be left and entered again.
+        """Every line of every node; the exit status last. May be left and entered again.
 
         Raises:
             ray.exceptions.RayActorError: when a node or its agent is lost.
@@ -238,8 +242,7 @@ class Gang:
 
 
 def _collect(streams: dict[Any, int], pieces: queue.Queue[Any]) -> None:
-    """Put what the agents yield into `pieces`: lines, and in the end the worst status or the error."""
-    statuses = []
+    """Put what the agents yield into `pieces`: lines, and in the end the first bad status, 0, or the error."""
     try:
         while streams:
             ready, _ = ray.wait(list(streams), num_returns=1, fetch_local=False)
@@ -251,11 +254,13 @@ def _collect(streams: dict[Any, int], pieces: queue.Queue[Any]) -> None:
                     del streams[stream]
                     continue
                 if isinstance(piece, int):
-                    statuses.append(piece)
+                    if piece:  # the others would wait for the lost ones until their collectives time out
+                        pieces.put(abs(piece))
+                        return
                 else:
                     for line in piece:
                         pieces.put(line)
     except BaseException as error:
         pieces.put(error)
         return
-    pieces.put(max((abs(status) for status in statuses), default=1))
+    pieces.put(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,16 @@ from k5dist.plan import RunPlan
 class VideoDecoder:
     """Loads the VAE once; decodes one latent file after another."""
 
-    def __init__(self, pretrained: str, task: str, frame_rate: float) -> None:
+    def __init__(self, pretrained: str, task: str, frame_rate: float, device: str) -> None:
+        import os
+
         import torch
 
         from k5dist.model.encoders import VideoAutoencoder
 
-        self.vae = VideoAutoencoder(pretrained, "cuda" if torch.cuda.is_available() else "cpu")
+        if device == "cpu":
+            torch.set_num_threads(len(os.sched_getaffinity(0)))  # Ray allows one thread to a fraction of a CPU
+        self.vae = VideoAutoencoder(pretrained, device)
         self.task, self.frame_rate = task, frame_rate
 
     def decode(self, place: str) -> bytes:
@@ -52,32 +57,46 @@ def _normalise_first_frames(latents_THWC: Any) -> Any:
 
 
 class VideoQueue:
-    """The driver's end: places go in, finished videos come out, in order, whenever they are ready."""
+    """The driver's end: places go in, finished videos come out, in order, whenever they are ready.
+
+    On GPUs a video waits for one that nobody trains on: a spare one, or those of the gang once it has ended.
+    """
 
     def __init__(self, plan: RunPlan) -> None:
         self.plan = plan
+        self.on_gpu = plan.world.device == "cuda"
         self._decoder: Any = None
-        self._waiting: list[tuple[int, str, Any]] = []
+        self._places: collections.deque[tuple[int, str]] = collections.deque()
+        self._running: collections.deque[tuple[int, str, Any]] = collections.deque()
 
     def submit(self, step: int, places: list[str]) -> None:
+        self._places += [(step, place) for place in places]
+        self._begin(gang_ended=False)
+
+    def _begin(self, *, gang_ended: bool) -> None:
         if self._decoder is None:
+            if self.on_gpu and not gang_ended and ray.available_resources().get("GPU", 0) < 1:
+                return
+            device = "cuda" if self.on_gpu else "cpu"
+            options = {"num_gpus": 1, "num_cpus": 0} if self.on_gpu else {"num_gpus": 0, "num_cpus": 0.5}
             config = self.plan.config
-            # A spare GPU if the cluster has one; else a CPU decodes, later but without taking from the training.
-            spare = ray.available_resources().get("GPU", 0) >= 1
-            options: dict[str, Any] = {"num_gpus": 1, "num_cpus": 0} if spare else {"num_gpus": 0, "num_cpus": 0.5}
             self._decoder = VideoDecoder.options(**options).remote(  # type: ignore[attr-defined]
-                self.plan.pretrained, config.flavour.task, config.data.frame_rate
+                self.plan.pretrained, config.flavour.task, config.data.frame_rate, device
             )
-        self._waiting += [(step, place, self._decoder.decode.remote(place)) for place in places]
+        while self._places:
+            step, place = self._places.popleft()
+            self._running.append((step, place, self._decoder.decode.remote(place)))
 
     def finished(self, *, wait: bool = False) -> list[tuple[int, str, bytes]]:
-        """(step, place, mp4 bytes) of what is done; with `wait`, of everything that was submitted."""
+        """(step, place, mp4 bytes) of what is done; with `wait` (the gang has ended), of everything submitted."""
+        if wait and self._places:
+            self._begin(gang_ended=True)
         done = []
-        while self._waiting:
-            step, place, reference = self._waiting[0]
+        while self._running:
+            step, place, reference = self._running[0]
             if not wait and not ray.wait([reference], timeout=0)[0]:
                 break
-            self._waiting.pop(0)
+            self._running.popleft()
             try:
                 done.append((step, place, ray.get(reference)))
             except RayError as error:

@@ -36,8 +36,9 @@ class VideoAutoencoder:
     @torch.no_grad()
     def encode(self, frames_THW3: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """uint8 RGB [T, H, W, 3] → posterior mean and log-variance [t, h, w, C], unscaled, fp32 on CPU."""
-        video = torch.from_numpy(frames_THW3).to(self.device, self.dtype).permute(3, 0, 1, 2)[None]
-        posterior = self.vae.encode(video / 127.5 - 1.0).latent_dist
+        # Scaled in fp32: in bf16 the mid greys would lose half a level before the VAE sees them.
+        video = (torch.from_numpy(frames_THW3).to(self.device).float() / 127.5 - 1.0).to(self.dtype)
+        posterior = self.vae.encode(video.permute(3, 0, 1, 2)[None]).latent_dist
         latent_frames = (len(frames_THW3) - 1) // VAE_TIME_COMPRESSION + 1
         assert posterior.mean.shape[2] == latent_frames, "every frame reaches the latents"
         mean, logvar = (x[0].permute(1, 2, 3, 0).float().cpu() for x in (posterior.mean, posterior.logvar))

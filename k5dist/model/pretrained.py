@@ -14,7 +14,6 @@ from typing import Any
 
 from k5dist import storage
 from k5dist.config import ConfigError, ModelConfig, RunConfig
-from k5dist.estimate import GIB
 
 GENERATED_VERSION = 1  # raise when `k5dist.model.tiny` makes other weights
 ENCODER_COMPONENTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
@@ -105,7 +104,3 @@ def check_architecture(model: ModelConfig, config: dict[str, Any]) -> None:
         if planned != found and not (sparse_only and not model.is_sparse):
             rule = f"the checkpoint says {key}={found!r}"
             raise ConfigError(f"model.{key}", planned, rule, "choose the flavour of this checkpoint, or set the key")
-
-
-def describe_bytes(count: float) -> str:
-    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"

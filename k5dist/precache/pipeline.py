@@ -152,6 +152,7 @@ def _encode_clips(plan: RunPlan, rows: list[Row], summary: Summary) -> list[str]
     _collect_failures(probed, summary)
     good = [row for row in probed if not row["error"]]
     summary.buckets.update(f"{row['frames']}×{row['height']}×{row['width']}" for row in good)
+    _check_batch(plan, summary)
     known = layout.samples(plan.cache_uri).keys()
     todo = list({row["key"]: row for row in good if row["key"] not in known}.values())
     summary.cached_before = sum(row["key"] in known for row in good)
@@ -168,8 +169,18 @@ def _encode_clips(plan: RunPlan, rows: list[Row], summary: Summary) -> list[str]
                 _check_failures(plan.config, summary)
 
             _consume(_clip_dataset(plan, todo), count)
-    failed = {(uri, start) for uri, start, _, _ in summary.failures}
-    return list(dict.fromkeys(row["key"] for row in good if (row["uri"], row["start"]) not in failed))
+        known = layout.samples(plan.cache_uri).keys()
+    return list(dict.fromkeys(row["key"] for row in good if row["key"] in known))
+
+
+def _check_batch(plan: RunPlan, summary: Summary) -> None:
+    """Refuse a batch that no bucket can fill before anything is encoded; the workers count exactly."""
+    if not summary.buckets:
+        return
+    name, count = summary.buckets.most_common(1)[0]
+    if count < plan.batch_size:
+        rule = f"a batch holds clips of one bucket, and the largest ({name}) has {count} clips"
+        raise ConfigError("train.batch_size", plan.batch_size, rule, f"train.batch_size={count} or less, or more clips")
 
 
 def _probe(plan: RunPlan, rows: list[Row]) -> list[dict[str, Any]]:

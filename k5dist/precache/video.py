@@ -53,6 +53,9 @@ _ENCODERS: dict[str, dict[str, str]] = {
     "mpeg4": {"qmin": "2", "qmax": "4"},
 }
 
+# A playlist under a video's name would make FFmpeg open whatever it lists, on this machine or elsewhere.
+_ONLY_FILES = {"format_whitelist": "mov,matroska,avi,gif,mpegts,mpeg"}
+
 # What a file's content can make PyAV raise besides its own errors: impossible numbers and undecodable text.
 _DATA_ERRORS = (av.FFmpegError, ValueError, ArithmeticError, LookupError, EOFError)
 
@@ -187,7 +190,7 @@ def _open(file: VideoFile, stage: Stage) -> Iterator[tuple[InputContainer, Video
         if not isinstance(file, str):
             file.seek(0)
         # Tags in an old 8-bit encoding are common and must not cost the clip.
-        with av.open(file, mode="r", metadata_errors="replace") as container:
+        with av.open(file, mode="r", metadata_errors="replace", options=_ONLY_FILES) as container:
             # An album cover is a video stream to FFmpeg.
             streams = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
             if not streams:

@@ -7,6 +7,7 @@ begun, tracking never ends training: what cannot be delivered is a warning.
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import logging
 import os
@@ -51,10 +52,12 @@ class TrackingUnreachable(Exception):
 def default_tracking_uri(root: str) -> str:
     """A SQLite store beside the runs; for a root in object storage, which SQLite cannot use, in the user's state."""
     if is_local(root):
-        folder = Path(normalise(root))
+        folder, name = Path(normalise(root)), "mlflow.db"
     else:
         folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state").absolute() / "k5dist"
-    return f"sqlite:///{folder}/mlflow.db"
+        # One store a root: an experiment keeps its artifacts in one place.
+        name = f"mlflow-{hashlib.sha256(normalise(root).encode()).hexdigest()[:8]}.db"
+    return f"sqlite:///{folder}/{name}"
 
 
 def check_tracking(uri: str) -> None:

@@ -98,7 +98,7 @@ class Checkpoints:
         self.finish()
         folder = storage.join(self.uri, step_folder(step))
         if dist.get_rank() == 0:
-            storage.remove_folder(folder)  # what a torn save left
+            storage.remove(folder)  # what a torn save left
         dist.barrier(group=self.group)
         future = dcp.async_save(
             state, checkpoint_id=folder, process_group=self.group, async_checkpointer_type=AsyncCheckpointerType.THREAD
@@ -131,8 +131,12 @@ class Checkpoints:
         storage.publish_bytes(storage.join(folder, MARKER), json.dumps(marker, indent=2).encode())
 
     def _prune(self) -> None:
-        """Delete all but the newest `keep`; the marker goes first, so that a half-deleted one is never loaded."""
-        for step in committed_steps(self.uri, self.fingerprint)[: -self.keep]:
-            folder = storage.join(self.uri, step_folder(step))
-            storage.remove_folder(storage.join(folder, MARKER))
-            storage.remove_folder(folder)
+        """Delete all but the newest `keep`, and torn ones older than those; the marker goes first, so that a
+        half-deleted one is never loaded."""
+        kept = committed_steps(self.uri, self.fingerprint)[-self.keep :]
+        for name in storage.list_folder(self.uri):
+            match = _STEP.fullmatch(name)
+            if match and int(match[1]) < kept[-1] and int(match[1]) not in kept:
+                folder = storage.join(self.uri, name)
+                storage.remove(storage.join(folder, MARKER))
+                storage.remove(folder)

@@ -21,6 +21,7 @@ from k5dist.plan import RunPlan
 from k5dist.train.objective import Clip
 
 _READERS = 4
+_KEPT_TEXTS = 1024
 
 
 class TextStore:
@@ -31,13 +32,14 @@ class TextStore:
         table = self.store.index()
         self.places = dict(zip(table.column("key").to_pylist(), places(table), strict=True))
         self.lengths = dict(zip(table.column("key").to_pylist(), table.column("text_length").to_pylist(), strict=True))
-        self._kept: collections.OrderedDict[str, Text] = collections.OrderedDict()
+        self._kept: dict[str, Text] = {}
 
     def get(self, caption: str) -> Text:
         """Raises ConfigError when the caption was never encoded with this encoding."""
         key = layout.caption_key(caption)
-        if key in self._kept:
-            return self._kept[key]
+        kept = self._kept.get(key)  # one look-up: other threads fill and empty it meanwhile
+        if kept is not None:
+            return kept
         if key not in self.places:
             rule = (
                 f"the cache holds no text features of {caption[:60]!r} (encoding {self.store.uri.rsplit('/', 1)[-1]})"
@@ -46,8 +48,8 @@ class TextStore:
         tensors = self.store.read(self.places[key])
         text = Text(tensors["qwen"][None], tensors["clip"][None])
         self._kept[key] = text
-        while len(self._kept) > 1024:
-            self._kept.popitem(last=False)
+        if len(self._kept) > _KEPT_TEXTS:
+            self._kept.clear()
         return text
 
 

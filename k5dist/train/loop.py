@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,15 +71,19 @@ class Trainer:
             self.checkpoints.poll()
             if self.stop.requested():
                 break
-            if _due(self.state.step, config.validation.every) and self.state.step < config.train.steps:
-                self.validate()
+            # Saved first: the write runs on while videos are sampled, and a crash among them loses nothing.
             if _due(self.state.step, config.checkpoint.every) and self.state.step < config.train.steps:
                 self.save()
+            if _due(self.state.step, config.validation.every) and self.state.step < config.train.steps:
+                self.validate()
         self.save()
         self.checkpoints.finish()
 
-    def train_step(self, step: Step) -> tuple[Tensor, Tensor]:
-        """One optimiser step; the batch's mean loss and the gradient's norm before clipping, still on the device."""
+    def train_step(self, step: Step) -> tuple[float, float]:
+        """One optimiser step; the batch's mean loss and the gradient's norm before clipping.
+
+        Returns when the device is done: the step's one synchronisation, so that its time is the step's.
+        """
         config = self.plan.config
         rate = learning_rate(config.optimizer, self.state.step + 1, config.train.steps)
         set_learning_rate(self.optimiser, rate)
@@ -87,7 +92,7 @@ class Trainer:
         total = torch.zeros((), device=self.objective.device)
         scale = self.plan.world.data_parallel / step.num_real  # FSDP2 averages over data-parallel workers
         for i, (clip, weight) in enumerate(step.clips):
-            set_gradient_sync(self.transformer, i == len(step.clips) - 1)
+            set_gradient_sync(self.transformer, last=i == len(step.clips) - 1, full=config.adapter == "full")
             text = clip.text
             if self.objective.drops_caption(clip.key, step.epoch):
                 text = self.texts.get("")
@@ -102,7 +107,9 @@ class Trainer:
         dist.all_reduce(total)
         self.state.step += 1
         self.state.epoch, self.state.batch = (step.epoch + 1, 0) if step.last_of_epoch else (step.epoch, step.batch + 1)
-        return total / step.num_real, norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        loss, norm_value = torch.stack([total / step.num_real, norm.to(total.dtype)]).tolist()
+        return loss, norm_value
 
     def validate(self) -> None:
         if self.validator is not None:
@@ -128,12 +135,12 @@ class Trainer:
         if dist.get_rank() == 0:
             emit("resumed", step=step, history=self.checkpoints.history(step))
 
-    def report(self, step: Step, loss: Tensor, norm: Tensor, seconds: float) -> None:
+    def report(self, step: Step, loss: float, norm: float, seconds: float) -> None:
         config = self.plan.config
         tokens = sum(clip.tokens for clip, _ in step.clips) * self.plan.world.data_parallel
         metrics = {
-            "loss": float(loss),
-            "grad_norm": float(norm),
+            "loss": loss,
+            "grad_norm": norm,
             "lr": learning_rate(config.optimizer, self.state.step, config.train.steps),
             "epoch": step.epoch,
             "step_seconds": seconds,
@@ -142,8 +149,8 @@ class Trainer:
             "checkpoint_stall_seconds": self.checkpoints.stall_seconds,
             **self.device_metrics(step, seconds),
         }
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss of step {self.state.step} is {metrics['loss']}")
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise FloatingPointError(f"step {self.state.step}: the loss is {loss}, the gradient's norm {norm}")
         if dist.get_rank() == 0:
             self.history.append({"step": self.state.step, "metrics": metrics})
             emit("step", step=self.state.step, metrics=metrics)
@@ -152,14 +159,19 @@ class Trainer:
         """On a GPU: model FLOPs utilisation against the data sheet's dense bf16 rate, and peak memory in GiB."""
         if self.objective.device.type != "cuda":
             return {}
-        model, adapter = self.plan.config.model, self.plan.config.adapter
-        flops = sum(forward_flops(model, clip.tokens).training(adapter) for clip, _ in step.clips)
-        _, rate, _ = gpu_facts(self.plan.world.gpu_name)
-        return {
-            "mfu": flops / (seconds * rate),
+        memory = {
             "memory_gib": torch.cuda.max_memory_allocated() / 2**30,
             "memory_reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
         }
+        model, adapter = self.plan.config.model, self.plan.config.adapter
+        if model.is_sparse:  # the share of blocks that NABLA keeps is not known here, and dense FLOPs would flatter it
+            return memory
+        flops = 0.0
+        for clip, _ in step.clips:
+            text_tokens = clip.text.qwen_1LD.shape[1]
+            flops += forward_flops(model, clip.tokens, text_tokens=text_tokens).training(adapter)
+        _, rate, _ = gpu_facts(torch.cuda.get_device_name())
+        return memory | {"mfu": flops / (seconds * rate)}
 
 
 def _due(step: int, every: int) -> bool:

@@ -13,6 +13,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from k5dist.config import TrainConfig
 from k5dist.plan import World
 
+# Shapes a block may be compiled for (buckets, text lengths, training and validation); past it dynamo runs eagerly
+# without a word, and its default of 8 is soon reached.
+RECOMPILE_LIMIT = 64
 BLOCK_LISTS = ("text_transformer_blocks", "visual_transformer_blocks")
 
 
@@ -33,6 +36,8 @@ def parallelise(transformer: nn.Module, mesh: DeviceMesh, train: TrainConfig) ->
             if train.compile and mesh.device_type == "cuda":
                 # Not as one graph: the fp32 modulation is an FSDP2 group of its own, and its hooks break the graph
                 # where the block begins. Checkpointing goes around what is compiled for the same reason.
+                torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+                torch._dynamo.config.accumulated_recompile_limit = 8 * RECOMPILE_LIMIT
                 block.compile()
             if train.activation_checkpointing:
                 blocks[i] = checkpoint_wrapper(block, preserve_rng_state=False)
@@ -65,7 +70,13 @@ def _fp32_modules(transformer: nn.Module) -> list[nn.Module]:
     return [module for path, module in transformer.named_modules() if path.rsplit(".", 1)[-1] in names]
 
 
-def set_gradient_sync(transformer: nn.Module, sync: bool) -> None:
-    """Reduce gradients in this backward, or only sum them up locally (gradient accumulation)."""
+def set_gradient_sync(transformer: nn.Module, *, last: bool, full: bool) -> None:
+    """What the coming backward of an accumulated step reduces.
+
+    An adapter's gradients are small: they are summed up whole and reduced with the last micro-batch. Those of all
+    weights would fill a GPU (fp32, unsharded): they are reduce-scattered each time, and only HSDP's all-reduce waits.
+    """
     assert isinstance(transformer, FSDPModule)
-    transformer.set_requires_gradient_sync(sync)
+    transformer.set_requires_gradient_sync(last or full)
+    if full:
+        transformer.set_requires_all_reduce(last)

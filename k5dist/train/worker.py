@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import logging
 import os
 import sys
@@ -28,6 +29,7 @@ from k5dist.train.parallelise import compute_dtype, make_mesh, parallelise
 from k5dist.train.signals import StopSignal, die_with_parent
 from k5dist.train.validate import Validator, probe_uri, write_probe
 
+START_TIMEOUT = datetime.timedelta(minutes=30)  # one node may download a checkpoint while the others wait
 log = logging.getLogger(__name__)
 
 
@@ -40,9 +42,9 @@ def main(plan_uri: str) -> int:
         with contextlib.ExitStack() as stack:
             work(plan, device, stack)
     except ConfigError as error:
-        # The same on every rank: an error of the user's, not one to start again from.
-        if dist.get_rank() == 0:
-            emit("config_error", key=error.key, value=str(error.value), rule=error.rule, fix=error.fix)
+        # An error of the user's, not one to start again from; other ranks may not see it, and must not be waited for.
+        emit("config_error", key=error.key, value=str(error.value), rule=error.rule, fix=error.fix)
+        os._exit(2)
     except Exception as error:
         text = traceback.format_exc()
         emit("failed", rank=dist.get_rank(), error=repr(error), traceback=text, communication=_is_communication(error))
@@ -64,7 +66,7 @@ def start_process_group(plan: RunPlan) -> torch.device:
     if plan.world.device == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=START_TIMEOUT)
     else:
         device = torch.device("cpu")
         dist.init_process_group("gloo")
@@ -80,7 +82,8 @@ def work(plan: RunPlan, device: torch.device, stack: contextlib.ExitStack) -> No
     if dist.get_rank() == 0:
         emit("started", world=plan.world.size)
     trainer, dataset = build_trainer(plan, device)
-    found = trainer.checkpoints.latest() if config.resume == "auto" else None
+    # With resume=never the driver has emptied the folder: what is found is of this very run, before a crash.
+    found = trainer.checkpoints.latest()
     if found is not None:
         trainer.resume(found)
     if "train" in config.stages:

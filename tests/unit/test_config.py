@@ -291,3 +291,11 @@ def test_every_key_says_what_it_means() -> None:
     said |= commented_keys(conf / "cluster" / "local.yaml", "cluster.")
     keys = {key for key in leaf_keys(OmegaConf.to_container(compose([]))) if not key.startswith("model.")}
     assert sorted(keys - said) == []
+
+
+@pytest.mark.parametrize("key", ["tracking.uri", "storage.root", "data.source", "pretrained"])
+def test_a_login_in_a_uri_is_refused_and_not_shown(key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        to_run_config(compose(["+flavour=t2v-tiny", f"{key}='https://me:hunter2@host/x'"]))
+    assert caught.value.key == key
+    assert "hunter2" not in caught.value.block() + str(caught.value)

@@ -48,14 +48,14 @@ def test_listing_names_what_is_there(root: str) -> None:
 def test_a_missing_folder_is_empty(root: str) -> None:
     assert storage.list_folder(storage.join(root, "none")) == []
     assert storage.find(storage.join(root, "none")) == {}
-    storage.remove_folder(storage.join(root, "none"))
+    storage.remove(storage.join(root, "none"))
 
 
 def test_a_listing_is_never_stale(root: str) -> None:
     assert storage.list_folder(root) == []
     storage.publish_bytes(storage.join(root, "new"), b"")
     assert storage.list_folder(root) == ["new"]
-    storage.remove_folder(root)
+    storage.remove(root)
     assert storage.list_folder(root) == []
 
 

@@ -291,10 +291,12 @@ def test_default_tracking_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert default_tracking_uri("file:///data/runs") == "sqlite:////data/runs/mlflow.db"
     assert default_tracking_uri("runs") == f"sqlite:///{tmp_path}/runs/mlflow.db"
     monkeypatch.setenv("XDG_STATE_HOME", "/state")
-    assert default_tracking_uri("s3://bucket/runs") == "sqlite:////state/k5dist/mlflow.db"
+    store = default_tracking_uri("s3://bucket/runs")
+    assert store.startswith("sqlite:////state/k5dist/mlflow-")
+    assert store == default_tracking_uri("s3://bucket/runs/") != default_tracking_uri("s3://other/runs")
     monkeypatch.delenv("XDG_STATE_HOME")
     monkeypatch.setenv("HOME", "/home/me")
-    assert default_tracking_uri("s3://bucket/runs") == "sqlite:////home/me/.local/state/k5dist/mlflow.db"
+    assert default_tracking_uri("s3://bucket/runs").startswith("sqlite:////home/me/.local/state/k5dist/mlflow-")
 
 
 def test_check_tracking(tmp_path: Path) -> None:

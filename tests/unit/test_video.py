@@ -414,3 +414,12 @@ def test_encoders_fall_back_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert info.codec == "mpeg4"
     assert info.frame_rate == pytest.approx(29.97, abs=0.001)
     assert numbers(decode(path, 0, 30, 30000 / 1001)) == list(range(30))
+
+
+def test_a_playlist_called_mp4_opens_nothing_else(tmp_path: Path) -> None:
+    frames = np.zeros((12, 32, 32, 3), np.uint8)
+    encode_mp4(frames, tmp_path / "secret.mp4", frame_rate=12)
+    playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{tmp_path}/secret.mp4\n#EXT-X-ENDLIST\n"
+    (tmp_path / "clip.mp4").write_text(playlist)
+    with pytest.raises(VideoError):
+        probe(str(tmp_path / "clip.mp4"))
