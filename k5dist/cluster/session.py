@@ -60,7 +60,6 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if config.kind == "local" and not config.address:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray listens on every interface: strangers need its token
         cores = max(2, os.cpu_count() or 1)  # precache streams through at least two workers
         ray.init(address="local", include_dashboard=False, num_cpus=cores, _temp_dir=_short_folder(), **quiet)
     else:

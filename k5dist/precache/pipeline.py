@@ -154,7 +154,10 @@ def _encode_clips(plan: RunPlan, rows: list[Row], summary: Summary) -> list[str]
     summary.buckets.update(f"{row['frames']}×{row['height']}×{row['width']}" for row in good)
     _check_batch(plan, summary)
     known = layout.samples(plan.cache_uri).keys()
-    todo = list({row["key"]: row for row in good if row["key"] not in known}.values())
+    by_key: dict[str, list[dict[str, Any]]] = {}
+    for row in good:
+        by_key.setdefault(row["key"], []).append(row)
+    todo = [rows_of_key[0] for key, rows_of_key in by_key.items() if key not in known]
     summary.cached_before = sum(row["key"] in known for row in good)
     if not todo:
         say(f"clips: all {len(good)} are in the cache, nothing to encode")
@@ -163,7 +166,9 @@ def _encode_clips(plan: RunPlan, rows: list[Row], summary: Summary) -> list[str]
 
             def count(table: pa.Table) -> None:
                 finished = table.to_pylist()
-                _collect_failures(finished, summary)
+                for row in finished:  # one file under two names is decoded once, and fails under both
+                    twins = [{**twin, "error": row["error"], "stage": row["stage"]} for twin in by_key[row["key"]]]
+                    _collect_failures(twins, summary)
                 summary.encoded += sum(not row["error"] for row in finished)
                 bar.advance(len(finished))
                 _check_failures(plan.config, summary)
