@@ -173,9 +173,7 @@ def _with_absolute_source(config: RunConfig) -> RunConfig:
 
 
 def _checkpoint_uri(config: RunConfig, identity: str) -> str:
-    """The checkpoint's absolute place, or its hub id; a generated one's place says what was generated."""
-    if config.flavour.generated:
-        return f"{storage.normalise(config.pretrained)}-{identity.rsplit(':', 1)[-1][:8]}"
+    """The checkpoint's absolute place, or its hub id."""
     return config.pretrained if identity.startswith("hub:") else storage.normalise(config.pretrained)
 
 
