@@ -156,12 +156,12 @@ def show_plan(plan: RunPlan) -> None:
     kept = "" if config.model.attention_P is None else f", NABLA P={config.model.attention_P}"
     buckets = ", ".join(f"{bucket} ({bucket.tokens:,} tokens)" for bucket in plan.buckets)
     degrees = f"shard {world.shard} × replicate {world.replicate} × context {world.context}"
-    batch = f"{plan.batch_size} clips a step: {world.data_parallel} workers × {plan.accumulation} micro-batches of 1"
+    batch = f"{plan.batch_size} clips a step: {world.data_parallel} at once, {plan.accumulation} times"
     rows = [
         ("flavour", f"{config.flavour.name} ({config.flavour.task}{kept})"),
         ("checkpoint", f"{plan.pretrained} ({plan.pretrained_identity})"),
-        ("model", f"{costs.parameters / 1e9:.2f} B weights, {costs.trainable / 1e6:.1f} M trained ({config.adapter})"),
-        ("world", f"{world.size} workers on {device}: {world.nodes} nodes × {world.workers_per_node}; {degrees}"),
+        ("model", f"{_count(costs.parameters)} weights, {_count(costs.trainable)} trained ({config.adapter})"),
+        ("world", f"{world.size} workers on {device}: {world.nodes} × {world.workers_per_node} a node; {degrees}"),
         ("buckets", buckets),
         ("batch", batch),
         (
@@ -177,6 +177,10 @@ def show_plan(plan: RunPlan) -> None:
         ("tracking", plan.tracking_uri),
     ]
     show_table(f"Plan of {plan.name}", rows)
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
 
 
 def _memory(plan: RunPlan, costs: Estimates) -> str:

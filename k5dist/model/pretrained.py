@@ -80,9 +80,12 @@ def component_uri(pretrained: str, component: str) -> str:
 
 
 def component_folder(pretrained: str, component: str) -> Path:
-    """A local folder with one component; object storage is copied to this machine's scratch cache once."""
+    """A local folder with one component; object storage is copied to this machine's scratch cache, each state once."""
     uri = component_uri(pretrained, component)
-    place = hashlib.sha256(uri.encode()).hexdigest()[:16]
+    if storage.is_local(uri):
+        return storage.fetch_folder(uri, Path())
+    facts = [[n, i["size"], str(i.get("ETag") or i.get("LastModified"))] for n, i in sorted(storage.find(uri).items())]
+    place = hashlib.sha256(json.dumps([uri, facts]).encode()).hexdigest()[:16]
     return storage.fetch_folder(uri, Path.home() / ".cache" / "k5dist" / "pretrained" / place)
 
 

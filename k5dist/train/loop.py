@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -156,9 +157,9 @@ class Trainer:
             emit("step", step=self.state.step, metrics=metrics)
 
     def device_metrics(self, step: Step, seconds: float) -> dict[str, float]:
-        """On a GPU: model FLOPs utilisation against the data sheet's dense bf16 rate, and peak memory in GiB."""
+        """Peak memory in GiB; on a GPU also model FLOPs utilisation against the data sheet's dense bf16 rate."""
         if self.objective.device.type != "cuda":
-            return {}
+            return {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
         memory = {
             "memory_gib": torch.cuda.max_memory_allocated() / 2**30,
             "memory_reserved_gib": torch.cuda.max_memory_reserved() / 2**30,

@@ -65,7 +65,15 @@ def test_the_mlflow_run_tells_the_whole_story(finished: Job, root: Path) -> None
     assert run.info.status == "FINISHED"
     assert sorted(jobs.losses(root, run.info.run_id)) == list(range(1, 13))
     metrics = set(run.data.metrics)
-    assert {"grad_norm", "lr", "tokens_per_second", "data_wait_share", "validation/loss", "export/error"} <= metrics
+    assert {
+        "grad_norm",
+        "lr",
+        "tokens_per_second",
+        "data_wait_share",
+        "memory_gib",
+        "validation/loss",
+        "export/error",
+    } <= metrics
     assert [m.step for m in client.get_metric_history(run.info.run_id, "validation/loss")] == [0, 6, 12]
     assert run.data.params["train.steps"] == "12"
     top = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
