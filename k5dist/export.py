@@ -238,7 +238,7 @@ def _sample(plan: RunPlan, pipeline: Any, probe: dict[str, Tensor]) -> Tensor:
         width=noise.shape[3] * 8,
         num_frames=(noise.shape[1] - 1) * 4 + 1,
         num_inference_steps=2,
-        guidance_scale=plan.config.validation.guidance,
+        guidance_scale=float(probe["guidance"]),
         output_type="latent",
         return_dict=False,
     )[0]

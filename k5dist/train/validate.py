@@ -168,7 +168,10 @@ def write_probe(uri: str, transformer: nn.Module, validator: Validator) -> None:
     transformer.train()
     if validator.rank == 0:
         tensors = _text_tensors("text", text) | _text_tensors("negative", negative)
-        tensors |= {"noise": noise, "latents": latents} | ({} if first is None else {"first_frame": first})
+        # With the guidance: validation's settings may change between the training and its export.
+        tensors |= {"noise": noise, "latents": latents, "guidance": torch.tensor(config.validation.guidance)} | (
+            {} if first is None else {"first_frame": first}
+        )
         publish_tensors(uri, tensors)
 
 
