@@ -75,7 +75,7 @@ def check_source(plan: RunPlan) -> tuple[list[Row], list[Rejected]]:
         fix = "data.source=<folder, s3:// URI or manifest of captioned clips>"
         raise ConfigError("data.source", None, "precache needs clips", fix)
     rows, rejected = read_source(config.data.source)
-    if len(rows) < plan.batch_size:
+    if "train" in config.stages and len(rows) < plan.batch_size:
         rule = f"the dataset has {len(rows)} clips: no bucket can fill a batch"
         raise ConfigError("train.batch_size", plan.batch_size, rule, f"train.batch_size={len(rows)} or less")
     return rows, rejected
@@ -180,7 +180,7 @@ def _encode_clips(plan: RunPlan, rows: list[Row], summary: Summary) -> list[str]
 
 def _check_batch(plan: RunPlan, summary: Summary) -> None:
     """Refuse a batch that no bucket can fill before anything is encoded; the workers count exactly."""
-    if not summary.buckets:
+    if "train" not in plan.config.stages or not summary.buckets:
         return
     name, count = summary.buckets.most_common(1)[0]
     if count < plan.batch_size:
