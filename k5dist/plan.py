@@ -109,7 +109,7 @@ class RunPlan:
 def make_plan(config: RunConfig, facts: ClusterFacts, pretrained_identity: str) -> RunPlan:
     """Derive the plan.
 
-    `pretrained_identity` stands for the checkpoint's content: a hub id with revision, a digest, or the generator's
+    `pretrained_identity` stands for the checkpoint's content: a hub id, a digest, or the generator's
     version.
 
     Raises:

@@ -76,6 +76,8 @@ def test_the_mlflow_run_tells_the_whole_story(finished: Job, root: Path) -> None
     } <= metrics
     assert [m.step for m in client.get_metric_history(run.info.run_id, "validation/loss")] == [0, 6, 12]
     assert run.data.params["train.steps"] == "12"
+    # Nine captions over fourteen clips, the empty prompt and the negative one; the validation prompt is a caption.
+    assert run.data.metrics["precache/captions_encoded"] == 11
     top = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
     assert {"config.yaml", "plan.json", "videos", "export", "logs", "export.json"} <= top
     videos = {a.path for a in client.list_artifacts(run.info.run_id, "videos")}
