@@ -11,17 +11,30 @@ from collections.abc import Mapping
 from typing import Any
 
 from k5dist.schema import ConfigError, build, nearest, one_of, positive
+from k5dist.shapes import (
+    NABLA_BLOCK,
+    PATCH,
+    VAE_SPACE_COMPRESSION,
+    VAE_TIME_COMPRESSION,
+    check_nabla_sides,
+    check_num_frames,
+    check_sides,
+    default_resolution,
+    parse_resolution,
+)
 
-__all__ = ["ConfigError", "RunConfig", "nearest"]
+__all__ = [  # with those constants of shapes that the model reads from here
+    "NABLA_BLOCK",
+    "PATCH",
+    "VAE_SPACE_COMPRESSION",
+    "VAE_TIME_COMPRESSION",
+    "ConfigError",
+    "RunConfig",
+    "nearest",
+]
 
 STAGES = ("plan", "precache", "train", "validate", "export")
-SD_RESOLUTIONS = ((512, 512), (512, 768), (768, 512))
-HD_RESOLUTIONS = ((1024, 1024), (640, 1408), (1408, 640), (768, 1280), (1280, 768), (896, 1152), (1152, 896))
-RESOLUTION_PRESETS = {"sd": SD_RESOLUTIONS, "hd": HD_RESOLUTIONS}
-VAE_TIME_COMPRESSION = 4
-VAE_SPACE_COMPRESSION = 8
-PATCH = 2
-NABLA_BLOCK = 8  # a NABLA block is 8 × 8 tokens of one latent frame
+CHECKPOINTING = ("auto", "none", "attention", "full")  # from `none` on, each needs less memory than the one before
 RECOMMENDED_GUIDANCE = (2.0, 6.0)
 
 
@@ -97,7 +110,7 @@ class DataConfig:
         check_num_frames("data.num_frames", self.num_frames)
         positive("data.frame_rate", self.frame_rate)
         for height, width in parse_resolution("data.resolution", self.resolution):
-            _check_sides("data.resolution", height, width)
+            check_sides("data.resolution", height, width)
         if not 0 <= self.held_out < 1:
             raise ConfigError(
                 "data.held_out", self.held_out, "a share of the clips, 0 ≤ share < 1", "data.held_out=0.05"
@@ -137,7 +150,7 @@ class TrainConfig:
     batch_size: int | None
     seed: int
     precision: str
-    activation_checkpointing: bool
+    activation_checkpointing: str
     compile: bool
     timestep_mean: float
     timestep_std: float
@@ -150,6 +163,7 @@ class TrainConfig:
             positive("train.batch_size", self.batch_size)
         positive("train.timestep_std", self.timestep_std)
         one_of("train.precision", self.precision, ("bf16", "fp32"))
+        one_of("train.activation_checkpointing", self.activation_checkpointing, CHECKPOINTING)
         if not 0 <= self.caption_dropout <= 1:
             rule = "a probability, 0 ≤ p ≤ 1"
             raise ConfigError("train.caption_dropout", self.caption_dropout, rule, "train.caption_dropout=0.1")
@@ -159,6 +173,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
+    kind: str
     lr: float
     betas: tuple[float, ...]
     eps: float
@@ -168,6 +183,7 @@ class OptimizerConfig:
     warmup_steps: int
 
     def __post_init__(self) -> None:
+        one_of("optimizer.kind", self.kind, ("adamw", "adamw_bf16"))
         positive("optimizer.lr", self.lr)
         positive("optimizer.max_grad_norm", self.max_grad_norm)
         one_of("optimizer.schedule", self.schedule, ("constant", "cosine"))
@@ -236,7 +252,7 @@ class ValidationConfig:
             check_num_frames("validation.num_frames", self.num_frames)
         if self.resolution is not None:
             ((height, width),) = parse_resolution("validation.resolution", self.resolution)
-            _check_sides("validation.resolution", height, width)
+            check_sides("validation.resolution", height, width)
         if self.every < 0:
             raise ConfigError("validation.every", self.every, "steps ≥ 0 (0: at the end only)", "validation.every=100")
         if self.guidance < 1:
@@ -327,12 +343,8 @@ class RunConfig:
     def _check_nabla(self) -> None:
         shapes = [("data.resolution", h, w) for h, w in self.resolutions]
         shapes.append(("validation.resolution", *self.validation_shape[1:]))
-        unit = VAE_SPACE_COMPRESSION * PATCH * NABLA_BLOCK
         for key, height, width in shapes:
-            if height % unit or width % unit:
-                near = f"[{_nearest_multiple(height, unit)},{_nearest_multiple(width, unit)}]"
-                rule = f"NABLA attention works on blocks of 8 × 8 tokens: sides must be multiples of {unit} pixels"
-                raise ConfigError(key, [height, width], rule, f"{key}={near}")
+            check_nabla_sides(key, height, width)
 
     @property
     def resolutions(self) -> tuple[tuple[int, int], ...]:
@@ -341,43 +353,5 @@ class RunConfig:
     @property
     def validation_shape(self) -> tuple[int, int, int]:
         """Frames, height and width of the validation videos, in pixels."""
-        height, width = self.validation.resolution or _default_resolution(self.resolutions)
+        height, width = self.validation.resolution or default_resolution(self.resolutions)
         return (self.validation.num_frames or self.data.num_frames, height, width)
-
-
-def parse_resolution(key: str, value: str | tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """`[height, width]`, `"512x768"` (height × width) or a preset's name, as a tuple of (height, width)."""
-    if isinstance(value, str):
-        if value in RESOLUTION_PRESETS:
-            return RESOLUTION_PRESETS[value]
-        sides = value.lower().split("x")
-        if len(sides) == 2 and all(side.isdigit() for side in sides):
-            return ((int(sides[0]), int(sides[1])),)
-    elif len(value) == 2:
-        return ((int(value[0]), int(value[1])),)
-    rule = f"[height, width] in pixels, or a preset: {', '.join(RESOLUTION_PRESETS)}"
-    raise ConfigError(key, value, rule, f"{key}=[512,768]")
-
-
-def check_num_frames(key: str, frames: int) -> None:
-    if frames < 1 or (frames - 1) % VAE_TIME_COMPRESSION:
-        below = max(1, (frames - 1) // VAE_TIME_COMPRESSION * VAE_TIME_COMPRESSION + 1)
-        rule = "the VAE keeps the first frame and compresses the others in time by 4: frames must be 4k + 1"
-        raise ConfigError(key, frames, rule, f"{key}={below} or {key}={below + VAE_TIME_COMPRESSION}")
-
-
-def _default_resolution(resolutions: tuple[tuple[int, int], ...]) -> tuple[int, int]:
-    """The model cards' own example among a preset's resolutions, else the first."""
-    return next((r for r in resolutions if r in ((512, 768), (768, 1280))), resolutions[0])
-
-
-def _check_sides(key: str, height: int, width: int) -> None:
-    unit = VAE_SPACE_COMPRESSION * PATCH
-    if height < unit or width < unit or height % unit or width % unit:
-        near = f"[{_nearest_multiple(height, unit)},{_nearest_multiple(width, unit)}]"
-        rule = f"sides must be multiples of {unit} pixels (VAE 8 × patch 2)"
-        raise ConfigError(key, [height, width], rule, f"{key}={near}")
-
-
-def _nearest_multiple(value: int, unit: int) -> int:
-    return max(unit, round(value / unit) * unit)

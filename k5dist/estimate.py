@@ -1,19 +1,25 @@
-"""Arithmetic of the model: parameters, floating-point operations, bytes. Pure Python, used by the plan and by MFU.
+"""Arithmetic of the model: parameters, floating-point operations, and GPUs. Pure Python, used by the plan and by MFU.
 
 Counting rule for model FLOPs: a multiply-add is two operations, the backward of a linear layer costs twice its forward
-(once where its weight is frozen), attention's backward twice its forward, and recomputation counts for nothing.
+(once where its weight is frozen), attention's backward twice its forward, and recomputation counts for nothing. What a
+run needs of a GPU's memory stands in `k5dist.memory`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from k5dist.config import PATCH, VAE_SPACE_COMPRESSION, VAE_TIME_COMPRESSION, ModelConfig
+from k5dist.config import ModelConfig
+from k5dist.shapes import PATCH, Bucket
 
-GIB = 1024**3
-# Dense bf16 matrix rate of the vendors' data sheets, in FLOP/s, and memory in GiB, by a part of the device's name.
-GPU_FACTS = {"B200": (2250e12, 180), "H200": (989e12, 141), "H100": (989e12, 80), "A100": (312e12, 80)}
-GPU_FACTS |= {"L40": (181e12, 48), "RTX 5090": (209e12, 32), "RTX 4090": (165e12, 24), "RTX 3090": (71e12, 24)}
+MIB, GIB = 2**20, 2**30
+# By a part of the device's name, the first that fits: dense bf16 matrix rate of the vendors' data sheets in FLOP/s, and
+# the memory that a process can use in MiB: what nvidia-smi says (of the A100, torch's total_memory).
+GPU_FACTS = {"GH200 480GB": (989e12, 97_871), "B200": (2250e12, 183_359), "H200": (989e12, 143_771)}
+GPU_FACTS |= {"H100 NVL": (835e12, 95_830), "H100": (989e12, 81_559)}
+GPU_FACTS |= {"A100-SXM4-40GB": (312e12, 40_536), "A100-PCIE-40GB": (312e12, 40_536), "A100": (312e12, 81_100)}
+GPU_FACTS |= {"L40": (181e12, 46_068), "RTX 5090": (209e12, 32_607), "RTX 4090": (165e12, 24_564)}
+GPU_FACTS |= {"RTX 3090": (71e12, 24_576)}
 ASSUMED_GPU = "H100"
 ASSUMED_MFU = 0.4  # a compiled, fully recomputed step measured 40% on H200
 ASSUMED_NABLA_DENSITY = 0.2
@@ -21,50 +27,66 @@ TEXT_TOKENS = 256
 
 
 @dataclass(frozen=True)
-class Bucket:
-    """Clips of one shape, in pixels and frames."""
+class Recompute:
+    """What the visual blocks keep for their backward: `keep` of them everything, the next `attention` ones the outputs
+    of their self-attention, all others nothing but their input."""
 
-    frames: int
-    height: int
-    width: int
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Latent frames, height and width."""
-        time = (self.frames - 1) // VAE_TIME_COMPRESSION + 1
-        return time, self.height // VAE_SPACE_COMPRESSION, self.width // VAE_SPACE_COMPRESSION
-
-    @property
-    def tokens(self) -> int:
-        time, height, width = self.latent_shape
-        return time * (height // PATCH) * (width // PATCH)
-
-    def __str__(self) -> str:
-        return f"{self.frames}×{self.height}×{self.width}"
+    keep: int
+    attention: int
 
 
 def _attention_parameters(model: ModelConfig) -> int:
     return 4 * (model.model_dim**2 + model.model_dim) + 2 * model.head_dim
 
 
+def _modulation_parameters(model: ModelConfig, vectors: int) -> int:
+    """A linear layer from the time embedding to `vectors` shifts, scales and gates."""
+    return (model.time_dim + 1) * vectors * model.model_dim
+
+
 def visual_block_parameters(model: ModelConfig) -> int:
-    modulation = model.time_dim * 9 * model.model_dim + 9 * model.model_dim
-    return modulation + 2 * _attention_parameters(model) + 2 * model.model_dim * model.ff_dim
+    return _modulation_parameters(model, 9) + 2 * _attention_parameters(model) + 2 * model.model_dim * model.ff_dim
+
+
+def text_block_parameters(model: ModelConfig) -> int:
+    return _modulation_parameters(model, 6) + _attention_parameters(model) + 2 * model.model_dim * model.ff_dim
+
+
+def root_parameters(model: ModelConfig) -> int:
+    """Weights outside the blocks: embeddings and the output layer."""
+    dim, time_dim = model.model_dim, model.time_dim
+    channels = 2 * model.in_visual_dim + 1 if model.visual_cond else model.in_visual_dim
+    embeddings = _time_embedding_parameters(model)
+    embeddings += (model.in_text_dim + 1) * dim + 2 * dim  # text
+    embeddings += (model.in_text_dim2 + 1) * time_dim + 2 * time_dim  # pooled text
+    embeddings += (PATCH**2 * channels + 1) * dim  # visual
+    return embeddings + _modulation_parameters(model, 2) + (dim + 1) * PATCH**2 * model.out_visual_dim
+
+
+def _time_embedding_parameters(model: ModelConfig) -> int:
+    return (model.model_dim + 1) * model.time_dim + (model.time_dim + 1) * model.time_dim
 
 
 def parameters(model: ModelConfig) -> int:
     """Weights of `Kandinsky5Transformer3DModel`, all of them."""
-    dim, time_dim = model.model_dim, model.time_dim
-    channels = 2 * model.in_visual_dim + 1 if model.visual_cond else model.in_visual_dim
-    embeddings = (dim + 1) * time_dim + (time_dim + 1) * time_dim  # time
-    embeddings += (model.in_text_dim + 1) * dim + 2 * dim  # text
-    embeddings += (model.in_text_dim2 + 1) * time_dim + 2 * time_dim  # pooled text
-    embeddings += (PATCH**2 * channels + 1) * dim  # visual
-    text_block = time_dim * 6 * dim + 6 * dim + _attention_parameters(model) + 2 * dim * model.ff_dim
-    out = (time_dim + 1) * 2 * dim + (dim + 1) * PATCH**2 * model.out_visual_dim
-    return (
-        embeddings + model.num_text_blocks * text_block + model.num_visual_blocks * visual_block_parameters(model) + out
-    )
+    blocks = model.num_text_blocks * text_block_parameters(model)
+    blocks += model.num_visual_blocks * visual_block_parameters(model)
+    return blocks + root_parameters(model)
+
+
+def visual_block_exact_parameters(model: ModelConfig) -> int:
+    """Those of a visual block's weights that stay in fp32 when training in bf16."""
+    return _modulation_parameters(model, 9)
+
+
+def root_exact_parameters(model: ModelConfig) -> int:
+    return _time_embedding_parameters(model) + _modulation_parameters(model, 2)
+
+
+def exact_parameters(model: ModelConfig) -> int:
+    """Weights that stay in fp32 when training in bf16: the time embedding and all modulations."""
+    text = model.num_text_blocks * _modulation_parameters(model, 6)
+    return text + model.num_visual_blocks * visual_block_exact_parameters(model) + root_exact_parameters(model)
 
 
 def lora_parameters(model: ModelConfig, rank: int, targets: str) -> int:
@@ -98,42 +120,6 @@ def forward_flops(model: ModelConfig, tokens: int, density: float = 1.0, text_to
     return Flops(float(linear), float(attention))
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Estimated peak bytes on one worker."""
-
-    weights: float
-    gradients: float
-    optimizer: float
-    gathered: float
-    activations: float
-
-    @property
-    def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.gathered + self.activations
-
-
-def training_memory(
-    model: ModelConfig, *, trainable: int, full: bool, bf16: bool, shards: int, tokens: int, checkpointing: bool
-) -> Memory:
-    """Peak bytes a worker while training one clip of `tokens` tokens (already divided by context parallelism).
-
-    Full fine-tuning keeps fp32 masters; a frozen base under an adapter is stored in the compute type. Gradients and
-    AdamW's two moments are fp32 on the trainable weights. FSDP2 gathers the block at work and prefetches one more.
-    """
-    compute = 2 if bf16 else 4
-    frozen = parameters(model) if not full else 0
-    weights = (frozen * compute + trainable * 4) / shards
-    gathered = 2 * visual_block_parameters(model) * compute if shards > 1 else 0
-    block_input = tokens * model.model_dim * compute
-    # What one block's backward holds at once: normed inputs, q, k, v, attention output and fp32 sums (about 14
-    # activations of model_dim) and two of ff_dim.
-    block_work = tokens * compute * (14 * model.model_dim + 2 * model.ff_dim)
-    blocks = model.num_visual_blocks
-    activations = blocks * block_input + block_work if checkpointing else blocks * block_work
-    return Memory(weights, trainable * 4 / shards, trainable * 8 / shards, gathered, activations)
-
-
 def sample_cache_bytes(model: ModelConfig, bucket: Bucket, *, first_frame: bool, text_tokens: int) -> int:
     """bf16 bytes of one clip in the cache: posterior mean and log-variance, and its share of text at full length."""
     time, height, width = bucket.latent_shape
@@ -144,9 +130,15 @@ def sample_cache_bytes(model: ModelConfig, bucket: Bucket, *, first_frame: bool,
 
 
 def gpu_facts(name: str | None) -> tuple[str, float, float]:
-    """Name, bf16 FLOP/s and bytes of memory of a GPU; of an assumed one where the name is unknown."""
-    for part, (rate, gib) in GPU_FACTS.items():
-        if name and part.lower() in name.lower():
-            return name, rate, gib * GIB
-    rate, gib = GPU_FACTS[ASSUMED_GPU]
-    return f"{ASSUMED_GPU} (assumed)", rate, gib * GIB
+    """Name, bf16 FLOP/s and bytes of usable memory of a GPU; of an assumed one where the name is unknown."""
+    part = _known_part(name)
+    rate, mib = GPU_FACTS[part or ASSUMED_GPU]
+    return name if name and part else f"{ASSUMED_GPU} (assumed)", rate, float(mib * MIB)
+
+
+def is_known_gpu(name: str | None) -> bool:
+    return _known_part(name) is not None
+
+
+def _known_part(name: str | None) -> str | None:
+    return next((part for part in GPU_FACTS if name and part.lower() in name.lower()), None)

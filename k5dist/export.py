@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from k5dist import storage
 from k5dist.config import ConfigError
-from k5dist.model.attention import AttentionProcessor
+from k5dist.model.attention import Rope, attend, rotate
+from k5dist.model.forward import nabla_parameters
 from k5dist.model.pretrained import component_folder
 from k5dist.model.transformer import build_transformer
 from k5dist.plan import RunPlan
@@ -246,9 +247,7 @@ def _sample(plan: RunPlan, pipeline: Any, probe: dict[str, Tensor]) -> Tensor:
 
 
 def _use_own_attention(plan: RunPlan, pipeline: Any) -> None:
-    """NABLA through our processor: the stock one is dense on CPU without a word."""
-    from k5dist.model.attention import nabla_parameters
-
+    """NABLA through our kernels: the stock attention is dense on CPU without a word."""
     model = plan.config.model
 
     def sparse_params(sample: Tensor, device: torch.device) -> dict[str, Any]:
@@ -256,7 +255,30 @@ def _use_own_attention(plan: RunPlan, pipeline: Any) -> None:
         return {"to_fractal": True, "nabla": nabla_parameters(model, (frames, height // 2, width // 2), device)}
 
     pipeline.get_sparse_params = sparse_params
-    pipeline.transformer.set_attn_processor(AttentionProcessor())
+    pipeline.transformer.set_attn_processor(_NablaProcessor())
+
+
+class _NablaProcessor:
+    """What diffusers' `Kandinsky5Attention` calls, with the blocks that `sparse_params` names really left out."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        rotary_emb: Tensor | None = None,
+        sparse_params: dict[str, Any] | None = None,
+    ) -> Tensor:
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query = attn.to_query(hidden_states).unflatten(-1, (attn.num_heads, -1))
+        key, value = (project(source).unflatten(-1, (attn.num_heads, -1)) for project in (attn.to_key, attn.to_value))
+        query = attn.query_norm(query.float()).type_as(query)
+        key = attn.key_norm(key.float()).type_as(key)
+        if rotary_emb is not None:
+            rope = Rope(rotary_emb[0, :, 0, :, 0, 0], rotary_emb[0, :, 0, :, 1, 0])
+            query, key = rotate(query, rope), rotate(key, rope)
+        out = attend(query, key, value, None if sparse_params is None else sparse_params["nabla"])
+        return attn.out_layer(out.flatten(-2))
 
 
 def _relative_error(out: Tensor, reference: Tensor) -> float:

@@ -1,11 +1,10 @@
-"""`python -m k5dist.launch +flavour=t2v-tiny`: compose → validate → plan → run. The only module that knows Hydra."""
+"""`python -m k5dist.launch +flavour=t2v-tiny`: compose → validate → plan → run."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import math
 import os
-import re
 import signal
 import sys
 import traceback
@@ -14,96 +13,22 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from k5dist import storage
-from k5dist.config import ConfigError, RunConfig, nearest
+from k5dist import fit, storage
+from k5dist.compose import compose, config_folder, normalise_arguments, to_run_config
+from k5dist.config import ConfigError, RunConfig
 from k5dist.console import say, show_table
-from k5dist.estimate import GIB, Bucket
+from k5dist.estimate import GIB
 from k5dist.plan import ClusterFacts, Estimates, RunPlan, estimates, make_plan
 
-DEFAULT_FLAVOUR = "t2v-lite-sft-5s"
 REFERENCE_NABLA_TOKENS = 16_384  # a head's boolean mask of S × S stays below 300 MB
 EXIT_CONFIG, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
 
 
-def config_folder() -> Path:
-    """`conf/`: inside an installed package, or beside it in a checkout."""
-    packaged = Path(__file__).parent / "conf"
-    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "conf"
-
-
-def flavours() -> list[str]:
-    return sorted(path.stem for path in (config_folder() / "flavour").glob("*.yaml"))
-
-
-def normalise_arguments(arguments: list[str]) -> list[str]:
-    """Hydra wants the flavour appended (`+flavour=`) and exactly once; people write `flavour=`, or none."""
-    arguments = [re.sub(r"^flavour=", "+flavour=", argument) for argument in arguments]
-    if not any(argument.startswith("+flavour=") for argument in arguments):
-        arguments.insert(0, f"+flavour={DEFAULT_FLAVOUR}")
-    return arguments
-
-
-def compose(overrides: list[str]) -> DictConfig:
-    """The composed configuration.
-
-    Raises:
-        ConfigError: for unknown flavours, unknown keys and values that cannot be parsed.
-    """
-    overrides = normalise_arguments(overrides)
-    GlobalHydra.instance().clear()
-    for override in overrides:
-        name = override.removeprefix("+flavour=")
-        if name != override and name not in flavours():
-            near = nearest(name, flavours()) or flavours()
-            raise ConfigError("flavour", name, "no such flavour", "did you mean " + ", ".join(near) + "?")
-    try:
-        with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
-            return hydra.compose("config", overrides=overrides)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise _composition_error(error, overrides) from error
-
-
-def _composition_error(error: Exception, overrides: list[str]) -> ConfigError:
-    text = " ".join(str(part) for part in (error, error.__cause__) if part)
-    choice = re.search(r"Could not find '(\w+)/(\S+?)'", text)
-    if choice:
-        group, name = choice.groups()
-        choices = sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
-        return ConfigError(
-            group, name, "no such choice", f"did you mean {', '.join(nearest(name, choices) or choices)}?"
-        )
-    match = re.search(r"Could not override '([\w.@/-]+)'", text)
-    if match is None:
-        rule = str(error).strip().splitlines()[0]
-        return ConfigError("command line", " ".join(overrides), rule, "overrides are written key=value")
-    key = match[1]
-    value = next((o.partition("=")[2] for o in overrides if o.partition("=")[0] == key), None)
-    with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
-        known = _leaf_keys(OmegaConf.to_container(hydra.compose("config", overrides=["+flavour=t2v-tiny"])), "")
-    near = nearest(key, known)
-    fix = f"did you mean {', '.join(near)}?" if near else "keys and their meanings stand in conf/config.yaml"
-    return ConfigError(key, value, "no such key", fix)
-
-
-def _leaf_keys(node: Any, path: str) -> list[str]:
-    if not isinstance(node, dict):
-        return [path[:-1]]
-    return [key for name, child in node.items() for key in _leaf_keys(child, f"{path}{name}.")]
-
-
-def to_run_config(composed: DictConfig) -> RunConfig:
-    """The validated configuration; interpolations resolved, unset required keys named."""
-    plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
-    return RunConfig.from_mapping({str(key): value for key, value in plain.items() if key != "hydra"})
-
-
 def plan_run(config: RunConfig) -> RunPlan:
     """Plan for this machine's GPUs, or for those that the configuration names."""
-    from k5dist.cluster.session import local_facts
+    from k5dist.hardware import local_facts
     from k5dist.model import pretrained
     from k5dist.tracking.run import default_tracking_uri
 
@@ -118,11 +43,10 @@ def plan_run(config: RunConfig) -> RunPlan:
     if not only_planning:
         pretrained.check(config)
     plan = make_plan(config, facts, _identity(config, only_planning))
+    fit.check(config, facts)
     if plan.tracking_uri:
         return plan
-    from dataclasses import replace
-
-    return replace(plan, tracking_uri=default_tracking_uri(storage.normalise(config.storage.root)))
+    return dataclasses.replace(plan, tracking_uri=default_tracking_uri(storage.normalise(config.storage.root)))
 
 
 def _identity(config: RunConfig, only_planning: bool) -> str:
@@ -133,20 +57,18 @@ def _identity(config: RunConfig, only_planning: bool) -> str:
     return pretrained.identity(config)
 
 
-def _refuse_unfinished(config: RunConfig) -> None:
-    """What this release plans but does not yet run is said before anything starts, never done half."""
+def refuse_unfinished(plan: RunPlan) -> None:
+    """What this release plans but does not run is said before anything starts, never done half."""
+    config = plan.config
     if config.cluster.kind in ("slurm", "kubernetes"):
         rule = "this release plans for it but does not submit there yet"
         fix = "start Ray in the allocation and use cluster=ray cluster.address=<host:port>"
         raise ConfigError("cluster", config.cluster.kind, rule, fix)
-    largest = max(math.prod(Bucket(config.data.num_frames, *sides).latent_shape) // 4 for sides in config.resolutions)
-    if config.model.is_sparse and largest > REFERENCE_NABLA_TOKENS:
-        rule = f"this release attends sparsely by expanded masks, which {largest:,} tokens would fill the memory with"
-        fix = f"a bucket of at most {REFERENCE_NABLA_TOKENS:,} tokens (smaller sides, fewer frames), or a dense flavour"
+    tokens = max(bucket.tokens for bucket in plan.buckets)
+    if config.model.is_sparse and plan.world.device == "cpu" and tokens > REFERENCE_NABLA_TOKENS:
+        rule = f"on a CPU NABLA expands the block map to a mask, which {tokens:,} tokens would fill the memory with"
+        fix = f"a bucket of at most {REFERENCE_NABLA_TOKENS:,} tokens (smaller sides, fewer frames), or a GPU"
         raise ConfigError("data.resolution", config.data.resolution, rule, fix)
-    if config.parallel.context > 1:
-        rule = "this release plans context parallelism but does not run it yet"
-        raise ConfigError("parallel.context", config.parallel.context, rule, "parallel.context=1")
 
 
 def show_plan(plan: RunPlan) -> None:
@@ -168,6 +90,7 @@ def show_plan(plan: RunPlan) -> None:
             "steps",
             f"{config.train.steps}, seed {config.train.seed}, lr {config.optimizer.lr:g} ({config.optimizer.schedule})",
         ),
+        ("recompute", _recompute(plan)),
         ("memory a GPU" if world.device == "cuda" else "memory a worker", _memory(plan, costs)),
         ("time a step", _duration(costs)),
         ("cache a clip", f"{costs.sample_cache_bytes / 2**20:.1f} MiB"),
@@ -183,13 +106,21 @@ def _count(number: int) -> str:
     return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
 
 
+def _recompute(plan: RunPlan) -> str:
+    """What of the blocks stays in memory between forward and backward, and who said so."""
+    blocks, keep, attention = plan.config.model.num_visual_blocks, plan.recompute.keep, plan.recompute.attention
+    parts = [f"everything kept in {keep}"] if keep else []
+    parts += [f"attention outputs kept in {attention}"] if attention else []
+    said = ", ".join(parts) + f" of {blocks} blocks" if parts else f"all {blocks} blocks from their inputs"
+    return f"{said} ({plan.config.train.activation_checkpointing})"
+
+
 def _memory(plan: RunPlan, costs: Estimates) -> str:
-    memory = costs.memory
-    parts = (("weights", memory.weights), ("gradients", memory.gradients), ("optimiser", memory.optimizer))
-    parts += (("gathered", memory.gathered), ("activations", memory.activations))
-    shown = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts)
-    limit = f" of {costs.gpu_bytes / GIB:.0f}" if plan.world.device == "cuda" else ""
-    return f"about {memory.total / GIB:.1f}{limit} GiB ({shown})"
+    parts = {name: size / GIB for name, size in dataclasses.asdict(costs.memory).items()}
+    shown = ", ".join(f"{name} {size:.1f}" for name, size in parts.items() if size >= 0.05)
+    limit = f" of {costs.gpu_bytes / GIB:.1f}" if plan.world.device == "cuda" else ""
+    note = f"; {costs.memory_note}" if costs.memory_note else ""
+    return f"about {costs.memory.total / GIB:.1f}{limit} GiB ({shown or 'next to nothing'}){note}"
 
 
 def _duration(costs: Estimates) -> str:
@@ -237,7 +168,7 @@ def run_plan(plan: RunPlan, resolved_yaml: str) -> int:
     from k5dist.precache.pipeline import PrecacheError, check_source
     from k5dist.tracking.run import TrackingUnreachable, check_tracking
 
-    _refuse_unfinished(plan.config)
+    refuse_unfinished(plan)
     source = check_source(plan) if "precache" in plan.config.stages else ([], [])
     try:
         check_tracking(plan.tracking_uri)

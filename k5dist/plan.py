@@ -14,42 +14,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from k5dist import estimate, storage
+from k5dist import estimate, memory, storage
 from k5dist.config import ConfigError, RunConfig
-from k5dist.estimate import Bucket
+from k5dist.estimate import Recompute
+from k5dist.memory import Memory
+from k5dist.shapes import Bucket
+from k5dist.world import ClusterFacts, World, make_world
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # of plan.json
+ENCODING_VERSION = 1  # raise when equal settings give another cache
 DEFAULT_BATCH = 8
-
-
-@dataclass(frozen=True)
-class ClusterFacts:
-    """What the planner must know of the machines: GPUs a node (0: CPU workers) and their kind."""
-
-    gpus_per_node: int
-    gpu_name: str | None = None
-    assumed: bool = False
-
-
-@dataclass(frozen=True)
-class World:
-    """Workers of the training gang and how they share the work: shard × replicate × context = size."""
-
-    nodes: int
-    workers_per_node: int
-    device: str
-    gpu_name: str | None
-    shard: int
-    replicate: int
-    context: int
-
-    @property
-    def size(self) -> int:
-        return self.nodes * self.workers_per_node
-
-    @property
-    def data_parallel(self) -> int:
-        return self.shard * self.replicate
 
 
 @dataclass(frozen=True)
@@ -59,6 +33,7 @@ class RunPlan:
     config: RunConfig
     world: World
     buckets: tuple[Bucket, ...]
+    recompute: Recompute
     name: str
     pretrained: str
     pretrained_identity: str
@@ -90,6 +65,7 @@ class RunPlan:
     def to_json(self) -> str:
         body = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         body |= {"config": self.config.to_mapping(), "world": dataclasses.asdict(self.world)}
+        body["recompute"] = dataclasses.asdict(self.recompute)
         body["buckets"] = [dataclasses.asdict(bucket) for bucket in self.buckets]
         return json.dumps({"schema_version": SCHEMA_VERSION, **body}, indent=2)
 
@@ -102,6 +78,7 @@ class RunPlan:
             raise ConfigError("plan.json", version, rule, "plan the run again with this release")
         body["config"] = RunConfig.from_mapping(body["config"])
         body["world"] = World(**body["world"])
+        body["recompute"] = Recompute(**body["recompute"])
         body["buckets"] = tuple(Bucket(**bucket) for bucket in body["buckets"])
         return cls(**body)
 
@@ -115,7 +92,7 @@ def make_plan(config: RunConfig, facts: ClusterFacts, pretrained_identity: str) 
     Raises:
         ConfigError: where degrees, world size and batch do not fit together.
     """
-    world = _world(config, facts)
+    world = make_world(config, facts)
     config = _with_batch(_with_absolute_source(config), world.data_parallel)
     assert config.train.batch_size is not None
     if config.train.batch_size % world.data_parallel:
@@ -132,6 +109,7 @@ def make_plan(config: RunConfig, facts: ClusterFacts, pretrained_identity: str) 
         config=config,
         world=world,
         buckets=buckets,
+        recompute=memory.settle(config, world, buckets, estimate.gpu_facts(world.gpu_name)[2]),
         name=name,
         pretrained=_checkpoint_uri(config, pretrained_identity),
         pretrained_identity=pretrained_identity,
@@ -141,27 +119,6 @@ def make_plan(config: RunConfig, facts: ClusterFacts, pretrained_identity: str) 
         run_uri=storage.join(root, "runs", name),
         tracking_uri=config.tracking.uri or "",
     )
-
-
-def _world(config: RunConfig, facts: ClusterFacts) -> World:
-    cluster, parallel = config.cluster, config.parallel
-    device = "cuda" if facts.gpus_per_node else "cpu"
-    workers = cluster.workers_per_node or facts.gpus_per_node or 2
-    if facts.gpus_per_node and workers > facts.gpus_per_node:
-        rule = f"a GPU holds one worker, and a node has {facts.gpus_per_node} GPUs"
-        raise ConfigError("cluster.workers_per_node", workers, rule, f"cluster.workers_per_node={facts.gpus_per_node}")
-    size = cluster.nodes * workers
-    rest = parallel.replicate * parallel.context
-    shard = parallel.shard or max(1, size // rest)
-    if shard * rest != size:
-        key, value = ("parallel.shard", shard) if parallel.shard else ("parallel", f"replicate × context = {rest}")
-        rule = (
-            f"shard × replicate × context = {shard} × {parallel.replicate} × {parallel.context} = {shard * rest} "
-            f"must equal the world: {cluster.nodes} nodes × {workers} workers = {size}"
-        )
-        fix = f"parallel.shard={size // rest}" if size % rest == 0 else "lower parallel.replicate or parallel.context"
-        raise ConfigError(key, value, rule, fix)
-    return World(cluster.nodes, workers, device, facts.gpu_name, shard, parallel.replicate, parallel.context)
 
 
 def _with_absolute_source(config: RunConfig) -> RunConfig:
@@ -188,7 +145,7 @@ def _with_batch(config: RunConfig, data_parallel: int) -> RunConfig:
 def _cache_identity(config: RunConfig, pretrained_identity: str) -> dict[str, Any]:
     precache = config.precache
     return {
-        "schema": SCHEMA_VERSION,
+        "schema": ENCODING_VERSION,
         "pretrained": pretrained_identity,
         "source": config.data.source and storage.stable_name(config.data.source),
         "resolutions": config.resolutions,
@@ -220,11 +177,12 @@ def _fingerprint(identity: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Estimates:
-    """What a run will cost, by arithmetic; assumptions are said in `notes`."""
+    """What a run will cost, by arithmetic; assumptions about time are said in `notes`, doubts in `memory_note`."""
 
     parameters: int
     trainable: int
-    memory: estimate.Memory
+    memory: Memory
+    memory_note: str | None
     gpu: str
     gpu_bytes: float
     step_flops: float
@@ -236,29 +194,35 @@ class Estimates:
 def estimates(plan: RunPlan) -> Estimates:
     """Costs of the plan's largest bucket."""
     config, world = plan.config, plan.world
-    model, bucket = config.model, max(plan.buckets, key=lambda b: b.tokens)
-    total = estimate.parameters(model)
-    full = config.adapter == "full"
-    trainable = total if full else estimate.lora_parameters(model, config.lora.rank, config.lora.targets)
+    model, bucket = config.model, memory.largest(plan.buckets)
     density = estimate.ASSUMED_NABLA_DENSITY if model.is_sparse else 1.0
     flops = estimate.forward_flops(model, bucket.tokens, density).training(config.adapter) * plan.batch_size
     gpu, rate, gpu_bytes = estimate.gpu_facts(world.gpu_name)
-    memory = estimate.training_memory(
-        model,
-        trainable=trainable,
-        full=full,
-        bf16=config.train.precision == "bf16",
-        shards=world.shard * world.context,
-        tokens=bucket.tokens // world.context,
-        checkpointing=config.train.activation_checkpointing,
-    )
+    needed = memory.predict(config, world, bucket, plan.recompute)
     notes = [f"time: {estimate.ASSUMED_MFU:.0%} of the GPU's bf16 rate"] if world.device == "cuda" else []
     if model.is_sparse:
         notes.append(f"NABLA keeps {density:.0%} of the attention blocks")
-    if world.device == "cuda" and memory.total > gpu_bytes:
-        notes.append("MORE MEMORY THAN THE GPU HAS: more shards or context parallelism, a smaller bucket")
     seconds = flops / (rate * estimate.ASSUMED_MFU * world.size) if world.device == "cuda" else None
     cache = estimate.sample_cache_bytes(
         model, bucket, first_frame=config.flavour.task == "i2v", text_tokens=config.precache.max_text_tokens
     )
-    return Estimates(total, trainable, memory, gpu, gpu_bytes, flops, seconds, cache, tuple(notes))
+    return Estimates(
+        parameters=estimate.parameters(model),
+        trainable=memory.trainable_parameters(config),
+        memory=needed,
+        memory_note=_memory_note(needed.total, gpu_bytes) if world.device == "cuda" else None,
+        gpu=gpu,
+        gpu_bytes=gpu_bytes,
+        step_flops=flops,
+        step_seconds=seconds,
+        sample_cache_bytes=cache,
+        notes=tuple(notes),
+    )
+
+
+def _memory_note(needed: float, gpu_bytes: float) -> str | None:
+    if needed > gpu_bytes:
+        return "MORE MEMORY THAN THE GPU HAS: more shards or context parallelism, a smaller bucket"
+    if needed > memory.usable(gpu_bytes):
+        return f"less than {memory.MARGIN:.0%} of the GPU would stay free: it may run out of memory"
+    return None

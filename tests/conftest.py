@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from k5dist.launch import compose, to_run_config
+from k5dist.compose import compose, to_run_config
 from k5dist.model.tiny import build_tiny_checkpoint
 
 NABLA = [

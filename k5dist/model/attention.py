@@ -1,119 +1,98 @@
-"""Self- and cross-attention of the DiT as a diffusers attention processor: dense, and NABLA's sparse one.
+"""Self- and cross-attention of the DiT: dense through PyTorch's fused kernels, sparse through NABLA's, over one clip.
 
-Shape suffixes: B batch, S tokens, H heads, D head_dim, N blocks of 64 tokens.
+Shape suffixes: B batch, S tokens, H heads, D head_dim, M model_dim, E head_dim / 2.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from k5dist.config import NABLA_BLOCK, ModelConfig
-
-BLOCK_TOKENS = NABLA_BLOCK**2
-
-
-@dataclass(frozen=True)
-class NablaParameters:
-    """The checkpoint's sparse attention: probability kept, sliding-tile window [1, 1, N, N] or-ed to the map."""
-
-    probability: float
-    window: Tensor
+from k5dist.model.context import ContextGroup
+from k5dist.model.nabla import NablaParameters, nabla_attention, nabla_map
 
 
-def sliding_tile_window(shape: tuple[int, int, int], window: tuple[int, int, int], device: torch.device) -> Tensor:
-    """Which blocks see each other whatever the map says, bool [N, N] over blocks in (T, H, W) order.
+class Rope(NamedTuple):
+    """Rotation of every token: cosines and sines, [S, E], fp32."""
 
-    `shape` is the number of blocks and `window` the width in blocks along (T, H, W); a block sees those at most half a
-    width away, along each axis.
-    """
-    near = []
-    for size, width in zip(shape, window, strict=True):
-        at = torch.arange(size, device=device)
-        near.append((at[:, None] - at[None, :]).abs() <= width // 2)
-    t, h, w = near
-    mask = t[:, None, None, :, None, None] & h[None, :, None, None, :, None] & w[None, None, :, None, None, :]
-    num_blocks = math.prod(shape)
-    return mask.reshape(num_blocks, num_blocks)
+    cosine: Tensor
+    sine: Tensor
 
 
-@torch.no_grad()
-def nabla_map(query_BSHD: Tensor, key_BSHD: Tensor, parameters: NablaParameters) -> Tensor:
-    """The blocks each query block attends to: bool [B, H, N, N].
-
-    Softmax over the scaled products of block means; the smallest set of key blocks whose probabilities sum to P is
-    kept, or-ed with the window (Kandinsky 5.0's NABLA, as diffusers' `nablaT_v2` computes it).
-    """
-    query, key = (x.transpose(1, 2).unflatten(2, (-1, BLOCK_TOKENS)).mean(-2) for x in (query_BSHD, key_BSHD))
-    scores = query @ key.transpose(-2, -1)
-    probabilities = torch.softmax(scores / math.sqrt(query.shape[-1]), dim=-1)
-    values, order = probabilities.sort(-1)
-    kept = values.cumsum(-1) >= 1 - parameters.probability
-    return torch.zeros_like(kept).scatter_(-1, order, kept) | parameters.window
-
-
-def nabla_attention(query_BSHD: Tensor, key_BSHD: Tensor, value_BSHD: Tensor, parameters: NablaParameters) -> Tensor:
-    """Reference sparse attention, any device: each head under its own expanded mask, so memory is S × S of one head."""
-    blocks = nabla_map(query_BSHD, key_BSHD, parameters)
-    heads = []
-    for head in range(query_BSHD.shape[2]):
-        mask = blocks[:, head].repeat_interleave(BLOCK_TOKENS, -2).repeat_interleave(BLOCK_TOKENS, -1)
-        q, k, v = (x[:, :, head] for x in (query_BSHD, key_BSHD, value_BSHD))
-        heads.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
-    return torch.stack(heads, dim=2)
+_FLASH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# In order of preference. cuDNN's kernels are the fastest for long sequences on Hopper, but build a plan for every
+# shape, so the many lengths of a text's keys are not for them.
+_SELF_KERNELS = [SDPBackend.CUDNN_ATTENTION, *_FLASH]
+_CROSS_KERNELS = _FLASH
 
 
 def dense_attention(query_BSHD: Tensor, key_BSHD: Tensor, value_BSHD: Tensor) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (query_BSHD, key_BSHD, value_BSHD))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    kernels = _SELF_KERNELS if q.shape[2] == k.shape[2] else _CROSS_KERNELS
+    with sdpa_kernel(kernels, set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def rotate(x_BSHD: Tensor, rope: Tensor) -> Tensor:
+def rotate(x_BSHD: Tensor, rope: Rope) -> Tensor:
     """Rotary embedding in fp32, rounded to bf16 whatever the run's precision: the model was trained so."""
-    pairs = x_BSHD.reshape(*x_BSHD.shape[:-1], -1, 1, 2).float()
-    return (rope * pairs).sum(dim=-1).reshape(x_BSHD.shape).to(torch.bfloat16).type_as(x_BSHD)
+    cosine, sine = rope.cosine[:, None], rope.sine[:, None]
+    first, second = x_BSHD.float().unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack([cosine * first - sine * second, sine * first + cosine * second], dim=-1)
+    return rotated.flatten(-2).to(torch.bfloat16).type_as(x_BSHD)
 
 
-class AttentionProcessor:
-    """What diffusers' `Kandinsky5Attention` calls: projections, q/k norms in fp32, RoPE, attention, projection."""
+class Attention(nn.Module):
+    """Multi-head attention with RMS-normed queries and keys; over a context-parallel group where it has one."""
 
-    def __call__(
+    def __init__(self, dim: int, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.context: ContextGroup | None = None
+        self.to_query = nn.Linear(dim, dim)
+        self.to_key = nn.Linear(dim, dim)
+        self.to_value = nn.Linear(dim, dim)
+        self.query_norm = nn.RMSNorm(head_dim)
+        self.key_norm = nn.RMSNorm(head_dim)
+        self.out_layer = nn.Linear(dim, dim)
+
+    def forward(
         self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        rotary_emb: Tensor | None = None,
-        sparse_params: dict[str, Any] | None = None,
+        x_BSM: Tensor,
+        *,
+        text: Tensor | None = None,
+        rope: Rope | None = None,
+        sparsity: NablaParameters | None = None,
+        num_tokens: int = 0,
     ) -> Tensor:
-        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query = attn.to_query(hidden_states).unflatten(-1, (attn.num_heads, -1))
-        key = attn.to_key(source).unflatten(-1, (attn.num_heads, -1))
-        value = attn.to_value(source).unflatten(-1, (attn.num_heads, -1))
-        query = attn.query_norm(query.float()).type_as(query)
-        key = attn.key_norm(key.float()).type_as(key)
-        if rotary_emb is not None:
-            query, key = rotate(query, rotary_emb), rotate(key, rotary_emb)
-        if sparse_params is None:
-            out = dense_attention(query, key, value)
+        """Attend to `text` if given, else to itself.
+
+        Args:
+            rope: turns queries and keys.
+            sparsity: makes it NABLA's.
+            num_tokens: of the whole clip, where a context-parallel group shares them.
+        """
+        source = x_BSM if text is None else text
+        query = self.to_query(x_BSM).unflatten(-1, (-1, self.head_dim))
+        key = self.to_key(source).unflatten(-1, (-1, self.head_dim))
+        value = self.to_value(source).unflatten(-1, (-1, self.head_dim))
+        query = self.query_norm(query.float()).type_as(query)
+        key = self.key_norm(key.float()).type_as(key)
+        if rope is not None:
+            query, key = rotate(query, rope), rotate(key, rope)
+        if self.context is None:
+            out = attend(query, key, value, sparsity)
         else:
-            out = nabla_attention(query, key, value, sparse_params["nabla"])
-        return attn.out_layer(out.flatten(-2))
+            query, key, value = (self.context.heads_for_tokens(x, num_tokens) for x in (query, key, value))
+            out = self.context.tokens_for_heads(attend(query, key, value, sparsity))
+        return self.out_layer(out.flatten(-2))
 
 
-def nabla_parameters(model: ModelConfig, tokens_THW: tuple[int, int, int], device: torch.device) -> NablaParameters:
-    """For a clip of (T, H, W) tokens; H and W are multiples of 8 (the plan saw to it).
-
-    The window is always or-ed in: the inference pipeline never reads `attention_add_sta` either.
-    """
-    window = (model.attention_wT, model.attention_wH, model.attention_wW)
-    probability = model.attention_P
-    assert probability is not None and all(w is not None for w in window), "NABLA checkpoints say P and windows"
-    frames, height, width = tokens_THW
-    blocks = (frames, height // NABLA_BLOCK, width // NABLA_BLOCK)
-    widths = (int(window[0] or 0), int(window[1] or 0), int(window[2] or 0))
-    return NablaParameters(probability, sliding_tile_window(blocks, widths, device)[None, None])
+def attend(query_BSHD: Tensor, key_BSHD: Tensor, value_BSHD: Tensor, sparsity: NablaParameters | None) -> Tensor:
+    if sparsity is None:
+        return dense_attention(query_BSHD, key_BSHD, value_BSHD)
+    blocks = nabla_map(query_BSHD, key_BSHD, sparsity)
+    return nabla_attention(query_BSHD, key_BSHD, value_BSHD, blocks)

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from k5dist.config import PATCH, VAE_SPACE_COMPRESSION, ModelConfig
-from k5dist.model.attention import NablaParameters, nabla_parameters
+from k5dist.config import NABLA_BLOCK, PATCH, VAE_SPACE_COMPRESSION, ModelConfig
+from k5dist.model.nabla import NablaParameters, pack_bits, sliding_tile_window
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,16 @@ def rope_scale_factor(height: int, width: int) -> tuple[float, float, float]:
 
 
 @lru_cache(maxsize=8)
-def _sparsity(model: ModelConfig, tokens_THW: tuple[int, int, int], device: torch.device) -> NablaParameters | None:
-    return nabla_parameters(model, tokens_THW, device) if model.is_sparse else None
+def nabla_parameters(model: ModelConfig, tokens_THW: tuple[int, int, int], device: torch.device) -> NablaParameters:
+    """For a clip of (T, H, W) tokens; H and W are multiples of 8 (the plan saw to it).
+
+    The window is always or-ed in: the inference pipeline never reads `attention_add_sta` either.
+    """
+    probability, wt, wh, ww = model.attention_P, model.attention_wT, model.attention_wH, model.attention_wW
+    assert probability is not None and wt and wh and ww, "NABLA checkpoints say P and windows"
+    frames, height, width = tokens_THW
+    blocks = (frames, height // NABLA_BLOCK, width // NABLA_BLOCK)
+    return NablaParameters(probability, pack_bits(sliding_tile_window(blocks, (wt, wh, ww), device)))
 
 
 def predict_velocity(
@@ -66,18 +73,6 @@ def predict_velocity(
             mask[:, 0] = 1
         hidden = torch.cat([latents_BTHWC, torch.zeros_like(latents_BTHWC), mask], dim=-1)
     tokens = (frames, height // PATCH, width // PATCH)
-    sparsity = _sparsity(model, tokens, device)
+    sparsity = nabla_parameters(model, tokens, device) if model.is_sparse else None
     pixels = (height * VAE_SPACE_COMPRESSION, width * VAE_SPACE_COMPRESSION)
-    positions: Any = [torch.arange(size, device=device) for size in tokens]
-    return transformer(
-        hidden_states=hidden,
-        encoder_hidden_states=text.qwen_1LD,
-        timestep=timestep_B,
-        pooled_projections=text.clip_1D,
-        visual_rope_pos=positions,
-        text_rope_pos=torch.arange(text.qwen_1LD.shape[1], device=device),
-        scale_factor=rope_scale_factor(*pixels),
-        # diffusers' forward reads `to_fractal` (tokens in 8 × 8 blocks); our attention processor reads the rest.
-        sparse_params=None if sparsity is None else {"to_fractal": True, "nabla": sparsity},
-        return_dict=False,
-    )
+    return transformer(hidden, text.qwen_1LD, text.clip_1D, timestep_B, rope_scale_factor(*pixels), sparsity)

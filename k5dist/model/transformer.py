@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from k5dist.cache.keys import seed_of
 from k5dist.config import LoraConfig, ModelConfig
-from k5dist.model.attention import AttentionProcessor
+from k5dist.model.dit import FP32_MODULES, VideoTransformer
 from k5dist.model.pretrained import check_architecture, component_uri, read_config
 from k5dist.model.weights import fill_shard, is_adapter, load_weights
+
+Model = TypeVar("Model", bound=nn.Module)
 
 _ATTENTION = r"(self_attention|cross_attention)\.(to_query|to_key|to_value|out_layer)"
 _FFN = r"feed_forward\.(in_layer|out_layer)"
@@ -23,31 +25,38 @@ LORA_TARGETS = {
 }
 
 
-def build_transformer(pretrained: str, model: ModelConfig, *, lora: LoraConfig | None, dtype: torch.dtype) -> nn.Module:
-    """`Kandinsky5Transformer3DModel` with parameters on the meta device (buffers are real).
+def build_transformer(
+    pretrained: str,
+    model: ModelConfig,
+    *,
+    lora: LoraConfig | None,
+    dtype: torch.dtype,
+    trained: torch.dtype = torch.float32,
+) -> VideoTransformer:
+    """The DiT of a diffusers checkpoint with parameters on the meta device (buffers are real).
 
-    With `lora`, the base is frozen and stored in `dtype` (time embedding and modulation stay fp32, as diffusers keeps
-    them) and the adapters are fp32; without, every weight is trainable and fp32.
+    With `lora`, the base is frozen and stored in `dtype`, and the adapters in `trained`; without, every weight is
+    trainable and stored in `trained`. Time embedding and modulation are fp32 always, as diffusers keeps them.
     """
-    from accelerate import init_empty_weights
-    from diffusers import Kandinsky5Transformer3DModel
+    check_architecture(model, read_config(pretrained, "transformer"))
+    with torch.device("meta"):
+        transformer = VideoTransformer(model)
+    return adapt(transformer, lora, dtype, trained)
 
-    config = read_config(pretrained, "transformer")
-    check_architecture(model, config)
-    with init_empty_weights(include_buffers=False):
-        transformer: Any = Kandinsky5Transformer3DModel.from_config(config)
-    transformer.set_attn_processor(AttentionProcessor())
-    if lora is None:
-        return transformer.float().requires_grad_(True)
-    transformer.requires_grad_(False)
-    keep_fp32 = tuple(Kandinsky5Transformer3DModel._keep_in_fp32_modules)
+
+def adapt(transformer: Model, lora: LoraConfig | None, frozen: torch.dtype, trained: torch.dtype) -> Model:
+    """Say what is trained and in which types it is stored, in place; `FP32_MODULES` are fp32 whatever is asked for."""
+    transformer.requires_grad_(lora is None)
     for name, parameter in transformer.named_parameters():
-        fp32 = any(part in keep_fp32 for part in name.split("."))
-        parameter.data = parameter.data.to(torch.float32 if fp32 else dtype)
-    transformer.add_adapter(peft_config(lora))
-    for name, parameter in transformer.named_parameters():
-        if is_adapter(name):
-            parameter.data = parameter.data.float()
+        fp32 = any(part in FP32_MODULES for part in name.split("."))
+        parameter.data = parameter.data.to(torch.float32 if fp32 else trained if lora is None else frozen)
+    if lora is not None:
+        from peft import inject_adapter_in_model
+
+        inject_adapter_in_model(peft_config(lora), transformer)
+        for name, parameter in transformer.named_parameters():
+            if is_adapter(name):
+                parameter.data = parameter.data.to(trained)
     return transformer
 
 
@@ -60,14 +69,18 @@ def peft_config(lora: LoraConfig) -> Any:
 
 def materialise(transformer: nn.Module, pretrained: str, *, device: torch.device, seed: int) -> None:
     """Allocate the (sharded) parameters on `device` and fill them: base from the checkpoint, adapters from `seed`."""
-    # RoPE's tables are buffers that no checkpoint holds; `to_empty` would destroy them.
+    allocate(transformer, device)
+    load_weights(transformer, component_uri(pretrained, "transformer"))
+    _initialise_adapters(transformer, seed)
+
+
+def allocate(transformer: nn.Module, device: torch.device) -> None:
+    """Parameters from meta to `device`, uninitialised; buffers (RoPE's tables, in no checkpoint) keep theirs."""
     buffers = {name: buffer.to(device) for name, buffer in transformer.named_buffers()}
     transformer.to_empty(device=device)
     for name, buffer in buffers.items():
         owner, _, attribute = name.rpartition(".")
         transformer.get_submodule(owner).register_buffer(attribute, buffer, persistent=False)
-    load_weights(transformer, component_uri(pretrained, "transformer"))
-    _initialise_adapters(transformer, seed)
 
 
 def _initialise_adapters(transformer: nn.Module, seed: int) -> None:
@@ -77,8 +90,7 @@ def _initialise_adapters(transformer: nn.Module, seed: int) -> None:
             continue
         whole = torch.zeros(parameter.shape)
         if ".lora_A." in name:
-            plain = name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
-            generator = torch.Generator().manual_seed(seed_of(seed, plain))
+            generator = torch.Generator().manual_seed(seed_of(seed, name))
             bound = 1 / math.sqrt(parameter.shape[1])
             whole.uniform_(-bound, bound, generator=generator)
         fill_shard(parameter, lambda first, count, whole=whole: whole[first : first + count])

@@ -62,10 +62,8 @@ def stored_tensors(folder_uri: str) -> dict[str, StoredTensor]:
 
 
 def checkpoint_name(name: str) -> str:
-    """A parameter's name in the checkpoint, without what wrapping and adapters put into it."""
-    for inserted in ("_checkpoint_wrapped_module.", "_orig_mod.", "base_layer."):
-        name = name.replace(inserted, "")
-    return name
+    """A parameter's name in the checkpoint, without what adapters put into it."""
+    return name.replace("base_layer.", "")
 
 
 def is_adapter(name: str) -> bool:

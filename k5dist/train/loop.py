@@ -11,18 +11,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from k5dist.cache.keys import seed_of
 from k5dist.estimate import forward_flops, gpu_facts
 from k5dist.events import emit
 from k5dist.plan import RunPlan
 from k5dist.train.checkpoint import Checkpoints
-from k5dist.train.feed import Feed, Step, TextStore
-from k5dist.train.objective import Objective
-from k5dist.train.optimiser import learning_rate, optimiser_tensors, set_learning_rate, trainable_parameters
-from k5dist.train.parallelise import set_gradient_sync
+from k5dist.train.feed import Feed, Step
+from k5dist.train.optimiser import learning_rate, optimiser_tensors, trainable_parameters
 from k5dist.train.signals import StopSignal
+from k5dist.train.step import TrainStep
 from k5dist.train.validate import Validator
 
 
@@ -48,15 +45,16 @@ class Trainer:
     """The parts of one training run on one worker, put together by `k5dist.train.worker`."""
 
     plan: RunPlan
-    transformer: nn.Module
-    optimiser: torch.optim.Optimizer
-    objective: Objective
-    texts: TextStore
+    work: TrainStep
     checkpoints: Checkpoints
     validator: Validator | None
     stop: StopSignal
     state: TrainState
     history: list[dict[str, Any]] = field(default_factory=list)  # metrics since the last checkpoint
+
+    @property
+    def transformer(self) -> nn.Module:
+        return self.work.transformer
 
     def run(self, feed: Feed) -> None:
         """Train to the last step, or until asked to stop; either way the state is saved when it returns."""
@@ -81,36 +79,11 @@ class Trainer:
         self.checkpoints.finish()
 
     def train_step(self, step: Step) -> tuple[float, float]:
-        """One optimiser step; the batch's mean loss and the gradient's norm before clipping.
-
-        Returns when the device is done: the step's one synchronisation, so that its time is the step's.
-        """
-        config = self.plan.config
-        rate = learning_rate(config.optimizer, self.state.step + 1, config.train.steps)
-        set_learning_rate(self.optimiser, rate)
-        # Dropout (of an adapter, say) is the one draw that is not keyed by a clip: a function of step and rank.
-        torch.manual_seed(seed_of(config.train.seed, "step", self.state.step, dist.get_rank()))
-        total = torch.zeros((), device=self.objective.device)
-        scale = self.plan.world.data_parallel / step.num_real  # FSDP2 averages over data-parallel workers
-        for i, (clip, weight) in enumerate(step.clips):
-            set_gradient_sync(self.transformer, last=i == len(step.clips) - 1, full=config.adapter == "full")
-            text = clip.text
-            if self.objective.drops_caption(clip.key, step.epoch):
-                text = self.texts.get("")
-            text = text.to(self.objective.device, self.objective.dtype)
-            loss = self.objective.training_loss(self.transformer, clip, text, step.epoch)
-            (loss * (weight * scale)).backward()
-            total += loss.detach() * weight
-        parameters = list(trainable_parameters(self.transformer).values())
-        norm = nn.utils.clip_grad_norm_(parameters, config.optimizer.max_grad_norm)
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
-        dist.all_reduce(total)
+        """One optimiser step; the batch's mean loss and the gradient's norm before clipping."""
+        loss, norm = self.work.update(step, self.state.step + 1)
         self.state.step += 1
         self.state.epoch, self.state.batch = (step.epoch + 1, 0) if step.last_of_epoch else (step.epoch, step.batch + 1)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        loss, norm_value = torch.stack([total / step.num_real, norm.to(total.dtype)]).tolist()
-        return loss, norm_value
+        return loss, norm
 
     def validate(self) -> None:
         if self.validator is not None:
@@ -124,7 +97,7 @@ class Trainer:
         """What a checkpoint holds, whole: trainable weights, optimiser, and the run's counters."""
         return {
             "model": dict(trainable_parameters(self.transformer)),
-            "optimizer": optimiser_tensors(self.transformer, self.optimiser),
+            "optimizer": optimiser_tensors(self.transformer, self.work.optimiser),
             "train_state": {"counters": self.state.tensor()},
         }
 
@@ -158,7 +131,7 @@ class Trainer:
 
     def device_metrics(self, step: Step, seconds: float) -> dict[str, float]:
         """Peak memory in GiB; on a GPU also model FLOPs utilisation against the data sheet's dense bf16 rate."""
-        if self.objective.device.type != "cuda":
+        if self.work.objective.device.type != "cuda":
             return {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
         memory = {
             "memory_gib": torch.cuda.max_memory_allocated() / 2**30,

@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from k5dist.config import OptimizerConfig
+from k5dist.train.stochastic import StochasticAdamW
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Trainable parameters by their name without wrappers: the same name whatever the run's parallelism."""
-    return {
-        name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""): parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+    """Trainable parameters by name, the same names whatever the run's parallelism."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def trained_dtype(config: OptimizerConfig) -> torch.dtype:
+    """The type that trained weights are stored in."""
+    return torch.bfloat16 if config.kind == "adamw_bf16" else torch.float32
 
 
 def make_optimiser(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
     betas = (config.betas[0], config.betas[1])
-    return torch.optim.AdamW(
-        list(trainable_parameters(model).values()),
-        lr=config.lr,
-        betas=betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=device.type == "cuda",
-    )
+    parameters = list(trainable_parameters(model).values())
+    options: dict[str, Any] = {"lr": config.lr, "betas": betas, "eps": config.eps, "weight_decay": config.weight_decay}
+    if config.kind == "adamw_bf16":
+        return StochasticAdamW(parameters, **options)
+    return torch.optim.AdamW(parameters, **options, fused=device.type == "cuda")
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -65,8 +65,7 @@ def _allocate(optimiser: torch.optim.Optimizer, parameters: list[nn.Parameter]) 
     set_learning_rate(optimiser, 0.0)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
-    for group, rate in zip(optimiser.param_groups, rates, strict=True):
-        group["lr"] = rate
+    set_learning_rate(optimiser, rates[0])
     for state in optimiser.state.values():
         for value in state.values():
             if isinstance(value, Tensor):

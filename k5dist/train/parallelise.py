@@ -1,73 +1,79 @@
-"""Parallelism as functions applied to a finished model: compile, then checkpointing, then FSDP2, in that order."""
+"""Parallelism as functions applied to a finished model."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from k5dist.config import TrainConfig
+from k5dist.estimate import Recompute
+from k5dist.model.context import ContextGroup
+from k5dist.model.dit import FP32_MODULES, VideoTransformer, VisualBlock
 from k5dist.plan import World
 
-# Shapes a block may be compiled for (buckets, text lengths, training and validation); past it dynamo runs eagerly
-# without a word, and its default of 8 is soon reached.
+# Graphs a block may have (buckets × recomputation × training and validation); dynamo's default of 8 is soon reached.
 RECOMPILE_LIMIT = 64
-BLOCK_LISTS = ("text_transformer_blocks", "visual_transformer_blocks")
 
 
 def make_mesh(world: World) -> DeviceMesh:
-    """Workers as (replicate, shard): HSDP's two axes; plain FSDP2 is replicate = 1."""
-    return init_device_mesh(world.device, (world.replicate, world.shard), mesh_dim_names=("replicate", "shard"))
+    """Workers as (replicate, shard, context): HSDP's two axes, and the neighbours that share a clip's tokens."""
+    names = ("replicate", "shard", "context")
+    return init_device_mesh(world.device, (world.replicate, world.shard, world.context), mesh_dim_names=names)
 
 
 def compute_dtype(train: TrainConfig) -> torch.dtype:
     return torch.bfloat16 if train.precision == "bf16" else torch.float32
 
 
-def parallelise(transformer: nn.Module, mesh: DeviceMesh, train: TrainConfig) -> nn.Module:
-    """Wrap every block, then the root, in place. Parameters are still on the meta device."""
-    for name in BLOCK_LISTS:
-        blocks: Any = transformer.get_submodule(name)
-        for i, block in enumerate(blocks):
-            if train.compile and mesh.device_type == "cuda":
-                # Not as one graph: the fp32 modulation is an FSDP2 group of its own, and its hooks break the graph
-                # where the block begins. Checkpointing goes around what is compiled for the same reason.
-                torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-                torch._dynamo.config.accumulated_recompile_limit = 8 * RECOMPILE_LIMIT
-                block.compile()
-            if train.activation_checkpointing:
-                blocks[i] = checkpoint_wrapper(block, preserve_rng_state=False)
+def parallelise(transformer: VideoTransformer, mesh: DeviceMesh, train: TrainConfig, recompute: Recompute) -> None:
+    """Context parallelism, recomputation, compilation, sharding, in that order and in place; weights may be on meta."""
+    if mesh["context"].size() > 1:
+        transformer.share_tokens(ContextGroup.of(mesh["context"].get_group()))
+    set_recompute(transformer, recompute)
+    if train.compile and mesh.device_type == "cuda":
+        compile_blocks(transformer)
     shard(transformer, mesh, compute_dtype(train))
-    return transformer
 
 
-def shard(transformer: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
-    """FSDP2 a block and a root, with the modules that diffusers keeps in fp32 in groups of their own.
+def set_recompute(transformer: VideoTransformer, recompute: Recompute) -> None:
+    for at, block in enumerate(transformer.visual_transformer_blocks):
+        assert isinstance(block, VisualBlock)
+        kept = at < recompute.keep
+        block.recompute = "none" if kept else "attention" if at < recompute.keep + recompute.attention else "full"
 
-    Inputs are not cast: `cast_forward_inputs` would round the fp32 RoPE tables at every block and make recomputed
-    tensors differ from saved ones. Gradients are reduced in fp32.
+
+def compile_blocks(transformer: VideoTransformer) -> None:
+    """Each visual block as one graph, which all of them share; text blocks are too small to be worth it.
+
+    The forward is compiled, not the module: FSDP2's hooks, which gather its weights, stay outside.
     """
-    fsdp_mesh = mesh if mesh["replicate"].size() > 1 else mesh["shard"]
+    torch._dynamo.config.automatic_dynamic_shapes = False  # a graph a bucket; the text's length is marked dynamic
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    torch._dynamo.config.accumulated_recompile_limit = 8 * RECOMPILE_LIMIT
+    for block in transformer.visual_transformer_blocks:
+        block.forward = torch.compile(block.forward, fullgraph=True)
+
+
+def shard(transformer: VideoTransformer, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+    """FSDP2 a block and a root, with the modules that stay in fp32 (and are called outside a block) in groups of their
+    own.
+
+    A clip's context-parallel workers hold different shards, too: weights are sharded over both axes. Inputs are not
+    cast: `cast_forward_inputs` would round the fp32 RoPE tables at every block and make recomputed tensors differ from
+    saved ones. Gradients are reduced in fp32.
+    """
+    shards = mesh["shard", "context"]._flatten("shards")
+    fsdp_mesh = mesh["replicate", "shards"] if mesh["replicate"].size() > 1 else shards
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    options: Any = {"mesh": fsdp_mesh, "mp_policy": policy}
-    if dtype != torch.float32:
-        exact = MixedPrecisionPolicy(param_dtype=torch.float32, cast_forward_inputs=False)
-        for module in _fp32_modules(transformer):
+    exact = MixedPrecisionPolicy(param_dtype=torch.float32, cast_forward_inputs=False)
+    for path, module in transformer.named_modules():
+        if path.rsplit(".", 1)[-1] in FP32_MODULES:
             fully_shard(module, mesh=fsdp_mesh, mp_policy=exact)
-    for name in BLOCK_LISTS:
-        for block in transformer.get_submodule(name).children():
-            fully_shard(block, **options)
-    fully_shard(transformer, **options)
-
-
-def _fp32_modules(transformer: nn.Module) -> list[nn.Module]:
-    """Time embedding and modulations: small layers whose rounding the whole network would feel."""
-    names = ("time_embeddings", "modulation", "visual_modulation", "text_modulation")
-    return [module for path, module in transformer.named_modules() if path.rsplit(".", 1)[-1] in names]
+    for block in (*transformer.text_transformer_blocks, *transformer.visual_transformer_blocks):
+        fully_shard(block, mesh=fsdp_mesh, mp_policy=policy)
+    fully_shard(transformer, mesh=fsdp_mesh, mp_policy=policy)
 
 
 def set_gradient_sync(transformer: nn.Module, *, last: bool, full: bool) -> None:

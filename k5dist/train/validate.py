@@ -39,7 +39,8 @@ class Validator:
     ) -> None:
         self.config, self.dataset, self.objective = config, dataset, objective
         self.folder = storage.join(run_uri, "validation")
-        self.rank, self.size = rank, size
+        self.rank, self.size = rank, size  # among data-parallel groups
+        self.context = config.parallel.context
         self.scheduler = load_scheduler(pretrained)
 
     @torch.no_grad()
@@ -54,7 +55,7 @@ class Validator:
         transformer.eval()
         losses = self.held_out_loss(transformer)
         transformer.train()
-        if losses and self.rank == 0:
+        if losses and dist.get_rank() == 0:
             emit("validation", step=step, losses=losses)
 
     def held_out_loss(self, transformer: nn.Module) -> dict[str, float]:
@@ -72,7 +73,7 @@ class Validator:
             if real:
                 totals[level] += loss.double()
         dist.all_reduce(totals)
-        means = (totals / len(rows)).tolist()
+        means = (totals / (len(rows) * self.context)).tolist()
         names = {f"loss/sigma-{k}": mean for k, mean in enumerate(means)}
         return {"loss": sum(means) / levels, **names}
 
@@ -81,12 +82,12 @@ class Validator:
         prompts = self.config.validation.prompts
         for at, real in padded_share(prompts, self.rank, self.size):
             latents = self.sample_prompt(transformer, at)
-            if real:
+            if real and dist.get_rank() % self.context == 0:
                 name = f"{step_folder(step)}/{at:02d}.safetensors"
                 publish_tensors(storage.join(self.folder, name), {"latents": latents})
         if prompts:
             dist.barrier()
-            if self.rank == 0:
+            if dist.get_rank() == 0:
                 places = [storage.join(self.folder, f"{step_folder(step)}/{i:02d}") for i in range(len(prompts))]
                 emit("videos", step=step, prompts=list(prompts), places=places)
 
@@ -166,7 +167,7 @@ def write_probe(uri: str, transformer: nn.Module, validator: Validator) -> None:
         dtype=objective.dtype,
     )
     transformer.train()
-    if validator.rank == 0:
+    if dist.get_rank() == 0:
         tensors = _text_tensors("text", text) | _text_tensors("negative", negative)
         # With the guidance: validation's settings may change between the training and its export.
         tensors |= {"noise": noise, "latents": latents, "guidance": torch.tensor(config.validation.guidance)} | (

@@ -24,9 +24,10 @@ from k5dist.train.checkpoint import Checkpoints
 from k5dist.train.feed import Dataset, Feed
 from k5dist.train.loop import Trainer, TrainState
 from k5dist.train.objective import Objective
-from k5dist.train.optimiser import make_optimiser
+from k5dist.train.optimiser import make_optimiser, trained_dtype
 from k5dist.train.parallelise import compute_dtype, make_mesh, parallelise
 from k5dist.train.signals import StopSignal, die_with_parent
+from k5dist.train.step import TrainStep
 from k5dist.train.validate import Validator, probe_uri, write_probe
 
 START_TIMEOUT = datetime.timedelta(minutes=30)  # one node may download a checkpoint while the others wait
@@ -121,8 +122,10 @@ def build_trainer(plan: RunPlan, device: torch.device) -> tuple[Trainer, Dataset
     dtype = compute_dtype(config.train)
     mesh = make_mesh(plan.world)
     lora = config.lora if config.adapter == "lora" else None
-    transformer = build_transformer(plan.pretrained, config.model, lora=lora, dtype=dtype)
-    parallelise(transformer, mesh, config.train)
+    transformer = build_transformer(
+        plan.pretrained, config.model, lora=lora, dtype=dtype, trained=trained_dtype(config.optimizer)
+    )
+    parallelise(transformer, mesh, config.train, plan.recompute)
     materialise(transformer, plan.pretrained, device=device, seed=config.train.seed)
     transformer.train()
     shift = config.train.timestep_shift
@@ -145,7 +148,8 @@ def build_trainer(plan: RunPlan, device: torch.device) -> tuple[Trainer, Dataset
     )
     stop = StopSignal(new_gloo_group())
     optimiser = make_optimiser(transformer, config.optimizer, device)
-    trainer = Trainer(plan, transformer, optimiser, objective, dataset.texts, checkpoints, None, stop, TrainState())
+    step = TrainStep(plan, transformer, optimiser, objective, dataset.texts)
+    trainer = Trainer(plan, step, checkpoints, None, stop, TrainState())
     if "validate" in config.stages:
         trainer.validator = make_validator(plan, trainer, dataset)
     return trainer, dataset
@@ -161,7 +165,7 @@ def make_validator(plan: RunPlan, trainer: Trainer, dataset: Dataset) -> Validat
     if trainer.validator is not None:
         return trainer.validator
     rank, size = data_parallel_rank(plan), plan.world.data_parallel
-    return Validator(plan.config, plan.pretrained, plan.run_uri, dataset, trainer.objective, rank=rank, size=size)
+    return Validator(plan.config, plan.pretrained, plan.run_uri, dataset, trainer.work.objective, rank=rank, size=size)
 
 
 def plan_encoding(plan: RunPlan) -> TextEncoding:

@@ -17,8 +17,8 @@ import k5dist
 from k5dist import storage
 from k5dist.cache import layout
 from k5dist.cache.shards import Record
+from k5dist.compose import compose, to_run_config
 from k5dist.events import parse
-from k5dist.launch import compose, to_run_config
 from k5dist.model.encoders import to_bits
 from k5dist.plan import ClusterFacts, RunPlan, make_plan
 from k5dist.train.worker import plan_encoding

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
-from k5dist.launch import EXIT_CONFIG, compose, launch
+from k5dist.compose import compose, to_run_config
+from k5dist.launch import EXIT_CONFIG, launch, refuse_unfinished
+from k5dist.plan import ClusterFacts, RunPlan, make_plan
 
 
-def refused(capsys: pytest.CaptureFixture[str], root: Path, *overrides: str) -> str:
+def refused(capsys: pytest.CaptureFixture[str], root: Path, *overrides: str, flavour: str = "+flavour=t2v-tiny") -> str:
     """The error block of a launch that must be refused."""
     before = set(root.rglob("*")) if root.exists() else set()
-    status = launch(compose(["+flavour=t2v-tiny", f"storage.root={root}", *overrides]))
+    status = launch(compose([flavour, f"storage.root={root}", *overrides]))
     error = capsys.readouterr().err
     assert status == EXIT_CONFIG, error
     assert error.startswith("Configuration error"), error
@@ -94,16 +97,58 @@ def test_planning_keeps_the_plan_of_a_run_under_way(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "runs")
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ["cluster=slurm"],
-        ["cluster=kubernetes"],
-        ["parallel.context=2"],
-        ["model.attention_type=nabla", "model.attention_P=0.9", "data.resolution=[1024,1024]", "data.num_frames=121"],
-    ],
-)
-def test_what_is_planned_but_does_not_run_yet(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, overrides: list[str]
+@pytest.mark.parametrize("kind", ["slurm", "kubernetes"])
+def test_what_is_planned_but_does_not_run_yet(capsys: pytest.CaptureFixture[str], tmp_path: Path, kind: str) -> None:
+    assert "this release" in refused(capsys, tmp_path / "root", f"cluster={kind}")
+
+
+def test_long_sparse_clips_on_a_cpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    large = ["data.resolution=[1024,1024]", "data.num_frames=61"]
+    error = refused(capsys, tmp_path / "root", *large, flavour="+flavour=t2v-tiny-nabla")
+    assert "65,536 tokens" in error
+    assert "CPU" in error
+
+
+def plan_of(*overrides: str, gpus: int) -> RunPlan:
+    return make_plan(to_run_config(compose(list(overrides))), ClusterFacts(gpus, "NVIDIA H200"), "weights")
+
+
+def test_sparse_and_shared_clips_run_on_gpus() -> None:
+    refuse_unfinished(plan_of("+flavour=t2v-pro-sft-10s-hd", "parallel.context=2", gpus=2))
+    refuse_unfinished(plan_of("+flavour=t2v-tiny-nabla", "parallel.context=2", gpus=0))
+
+
+def gpus_here(monkeypatch: pytest.MonkeyPatch, count: int, name: str = "NVIDIA H200") -> None:
+    monkeypatch.setattr("k5dist.hardware._local_gpus", lambda: (name, count))
+
+
+def test_a_run_that_its_gpus_cannot_hold(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "this release" in refused(capsys, tmp_path / "root", *overrides)
+    gpus_here(monkeypatch, 2)
+    large = ["data.resolution=[768,1280]", f"data.source={clips(tmp_path / 'data', 'a.mp4')}"]
+    error = refused(capsys, tmp_path / "root", *large, flavour="+flavour=t2v-pro-sft-10s-hd")
+    assert "parallel.context=2" in error
+    assert "140.4 (NVIDIA H200)" in error
+
+
+def test_a_plan_for_gpus_of_no_known_kind_says_its_doubt(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus_here(monkeypatch, 0, "")
+    overrides = ["+flavour=t2v-pro-sft-10s-hd", "cluster.gpus_per_node=2", "stages=[plan]", f"storage.root={tmp_path}"]
+    assert launch(compose(overrides)) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "MORE MEMORY THAN THE GPU HAS" in shown
+    assert "all 60 blocks from their inputs (auto)" in shown
+
+
+def test_the_plan_shows_what_is_kept_and_what_it_takes(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus_here(monkeypatch, 2)
+    overrides = ["+flavour=t2v-pro-sft-5s-hd", "data.resolution=[512,768]", "stages=[plan]", f"storage.root={tmp_path}"]
+    assert launch(compose(overrides)) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"recompute everything kept in \d+, attention outputs kept in \d+ of 60 blocks \(auto\)", shown)
+    assert re.search(r"memory a GPU about [\d.]+ of 140.4 GiB \(weights 20.4, gradients .*runtime", shown)

@@ -14,9 +14,9 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from k5dist import config as rules
+from k5dist import shapes
+from k5dist.compose import compose, config_folder, flavours, to_run_config
 from k5dist.config import ConfigError, RunConfig
-from k5dist.launch import compose, config_folder, flavours, to_run_config
 from k5dist.schema import nearest
 
 I2V_WITHOUT_REPOSITORY = ("i2v-lite-pretrain-5s", "i2v-pro-pretrain-5s")
@@ -44,6 +44,9 @@ BROKEN: list[tuple[list[str], str, Any, str]] = [
     (["lora.targets=mlp"], "lora.targets", "mlp", "attention+ffn"),
     (["precache.latents=median"], "precache.latents", "median", "sample, mode"),
     (["train.precision=fp16"], "train.precision", "fp16", "bf16, fp32"),
+    (["train.activation_checkpointing=some"], "train.activation_checkpointing", "some", "auto, none, attention, full"),
+    (["train.activation_checkpointing=true"], "train.activation_checkpointing", True, "text"),
+    (["optimizer.kind=adamw8"], "optimizer.kind", "adamw8", "adamw, adamw_bf16"),
     (["optimizer.schedule=linear"], "optimizer.schedule", "linear", "constant, cosine"),
     (["cluster.kind=pbs"], "cluster.kind", "pbs", "slurm"),
     (["adapter=lora", "resume=always"], "resume", "always", "auto, never"),
@@ -240,8 +243,8 @@ def test_every_cluster_composes(kind: str) -> None:
 def test_a_resolution_is_sides_or_a_preset() -> None:
     assert configure("data.resolution=[512,768]").resolutions == ((512, 768),)
     assert configure("data.resolution=512x768").resolutions == ((512, 768),)
-    assert configure("data.resolution=sd").resolutions == rules.SD_RESOLUTIONS
-    assert configure("data.resolution=hd").resolutions == rules.HD_RESOLUTIONS
+    assert configure("data.resolution=sd").resolutions == shapes.SD_RESOLUTIONS
+    assert configure("data.resolution=hd").resolutions == shapes.HD_RESOLUTIONS
 
 
 def test_validation_takes_the_flavours_shape_unless_told() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from k5dist.launch import compose, flavours
+from k5dist.compose import compose, flavours
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "config"
 UPDATE = os.environ.get("K5DIST_UPDATE_GOLDEN") == "1"

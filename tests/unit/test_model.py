@@ -21,21 +21,25 @@ from diffusers import (
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import BlockMask
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from k5dist.cache.keys import seed_of, unit_interval
+from k5dist.compose import compose, to_run_config
 from k5dist.config import LoraConfig, ModelConfig, OptimizerConfig, TrainConfig
-from k5dist.launch import compose, to_run_config
-from k5dist.model.attention import (
-    BLOCK_TOKENS,
-    NablaParameters,
-    dense_attention,
-    nabla_attention,
-    nabla_map,
-    sliding_tile_window,
-)
+from k5dist.model.attention import attend, dense_attention
+from k5dist.model.dit import FP32_MODULES, VideoTransformer
 from k5dist.model.encoders import TextEncoders, VideoAutoencoder, text_encoding
 from k5dist.model.forward import Text, predict_velocity, rope_scale_factor
+from k5dist.model.nabla import (
+    BLOCK_TOKENS,
+    NablaParameters,
+    nabla_map,
+    pack_bits,
+    sliding_tile_window,
+    unpack_bits,
+)
 from k5dist.model.transformer import build_transformer, materialise
 from k5dist.model.weights import WEIGHTS_NAME, base_parameters, is_adapter, load_weights
 from k5dist.train.objective import Clip, Objective
@@ -135,7 +139,9 @@ def check_parity(folder: Path, pipeline: Any, calls: list[Any], first_frame: boo
         for name, parameter in base_parameters(transformer):
             reference = expected_grads[name]
             assert parameter.grad is not None and reference is not None, name
-            assert relative(parameter.grad, reference) <= 1e-4, name
+            # A shift of all keys changes no attention, so the gradient of their bias is the small rest of a sum that
+            # RoPE's rounding to bf16 runs through.
+            assert relative(parameter.grad, reference) <= (1e-3 if name.endswith("to_key.bias") else 1e-4), name
 
 
 @pytest.mark.parametrize(
@@ -175,6 +181,63 @@ def test_the_rope_scale_and_the_first_frame_matter(tiny_i2v: Path, monkeypatch: 
     assert relative(other_scale, out) > 1e-3
 
 
+@pytest.mark.parametrize("flavour", ["t2v-lite-sft-5s", "t2v-pro-sft-5s-hd", "t2v-tiny"])
+def test_every_parameter_has_diffusers_name_and_shape(flavour: str) -> None:
+    """Of the real architectures, too: on the meta device they weigh nothing."""
+    model = to_run_config(compose([f"+flavour={flavour}"])).model
+    with torch.device("meta"):
+        ours, theirs = VideoTransformer(model), Kandinsky5Transformer3DModel(**dataclasses.asdict(model))
+    shapes = [(name, parameter.shape) for name, parameter in theirs.named_parameters()]
+    assert [(name, parameter.shape) for name, parameter in ours.named_parameters()] == shapes
+    assert set(FP32_MODULES) == set(Kandinsky5Transformer3DModel._keep_in_fp32_modules)
+
+
+def test_a_block_is_one_graph_for_every_text_length(tiny_t2v: Path) -> None:
+    """Compiled whole (as on a GPU, with another backend), for training and each recomputation, with the same result."""
+    model, latents, time = model_config(tiny_t2v), random(1, 2, 8, 12, 16), torch.tensor([500.0])
+    plain, compiled = our_model(tiny_t2v), our_model(tiny_t2v)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        for at, block in enumerate(compiled.get_submodule("visual_transformer_blocks").children()):
+            block.recompute = ("none", "attention", "full")[at % 3]  # type: ignore[assignment]
+            block.forward = torch.compile(block.forward, fullgraph=True, backend=counter)
+        for length in (9, 5, 7):
+            outs = [
+                predict_velocity(each, model, latents, False, time, random_text(length)) for each in (plain, compiled)
+            ]
+            torch.testing.assert_close(outs[1], outs[0], rtol=0, atol=1e-5)
+            for out in outs:
+                out.square().sum().backward()
+    assert counter.frame_count == 3
+    for (name, ours), (_, reference) in zip(compiled.named_parameters(), plain.named_parameters(), strict=True):
+        assert ours.grad is not None and reference.grad is not None
+        assert relative(ours.grad, reference.grad) <= 1e-4 or float(reference.grad.norm()) < 1e-5, name
+
+
+@pytest.mark.parametrize(("recompute", "times"), [("none", 1), ("attention", 1), ("full", 2)])
+def test_self_attention_is_computed_again_only_where_it_is_not_kept(tiny_t2v: Path, recompute: str, times: int) -> None:
+    transformer, model = our_model(tiny_t2v), model_config(tiny_t2v)
+    blocks = list(transformer.get_submodule("visual_transformer_blocks").children())
+    for block in blocks:
+        block.recompute = recompute  # type: ignore[assignment]
+    calls: list[tuple[int, int]] = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "scaled_dot_product" in str(func) and "backward" not in str(func):
+                calls.append((args[0].shape[2], args[1].shape[2]))
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        velocity = predict_velocity(
+            transformer, model, random(1, 2, 8, 12, 16), False, torch.tensor([500.0]), random_text(5)
+        )
+        velocity.sum().backward()
+    assert calls.count((48, 48)) == times * len(blocks)
+    assert calls.count((48, 5)) == (1 if recompute == "none" else 2) * len(blocks), "cross-attention is cheap"
+
+
 # Sparse attention
 
 
@@ -194,7 +257,7 @@ def expand_tokens(blocks: Tensor) -> Tensor:
 def test_the_nabla_map_is_diffusers(probability: float, contrast: float) -> None:
     query, key = random(2, 12 * BLOCK_TOKENS, 3, 16) * contrast, random(2, 12 * BLOCK_TOKENS, 3, 16, seed=1) * contrast
     window = sliding_tile_window((3, 2, 2), (3, 1, 1), CPU)[None, None]
-    ours = nabla_map(query, key, NablaParameters(probability, window))
+    ours = unpack_bits(nabla_map(query, key, NablaParameters(probability, pack_bits(window[0, 0]))), 12)
     theirs = stock.nablaT_v2(query, key, window, thr=probability)
     assert torch.equal(ours, expand(theirs))
     assert 0 < ours.float().mean() < 1
@@ -209,12 +272,12 @@ def test_the_window_is_the_pipelines(shape: tuple[int, int, int], window: tuple[
 
 def test_nabla_attention_is_masked_attention() -> None:
     query, key, value = (random(1, 6 * BLOCK_TOKENS, 2, 16, seed=seed) * 4 for seed in range(3))
-    parameters = NablaParameters(0.5, torch.eye(6, dtype=torch.bool)[None, None])
-    blocks = nabla_map(query, key, parameters)
+    parameters = NablaParameters(0.5, pack_bits(torch.eye(6, dtype=torch.bool)))
+    blocks = unpack_bits(nabla_map(query, key, parameters), 6)
     scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(16)
     weights = scores.masked_fill(~expand_tokens(blocks), -math.inf).softmax(-1)
     expected = torch.einsum("bhqk,bkhd->bqhd", weights, value)
-    sparse = nabla_attention(query, key, value, parameters)
+    sparse = attend(query, key, value, parameters)
     torch.testing.assert_close(sparse, expected, rtol=0, atol=1e-5)
     assert not torch.equal(blocks[:, 0], blocks[:, 1]), "every head has a map of its own"
     assert relative(dense_attention(query, key, value), sparse) > 1e-2
@@ -352,7 +415,7 @@ def test_weights_come_from_shards_and_any_uri(tiny_t2v: Path, tmp_path: Path, pl
     for name, parameter in base_parameters(transformer):
         assert torch.equal(parameter, expected.pop(name)), name
     assert not expected
-    positions = dict(whole.named_buffers())
+    positions = dict(whole.named_buffers()) | {"time_embeddings.freqs": whole.time_embeddings.freqs}
     assert all(torch.equal(buffer, positions[name]) for name, buffer in transformer.named_buffers())
 
 
@@ -445,8 +508,10 @@ def random_clip(seed: int = 0) -> Clip:
 def model_inputs(transformer: nn.Module, loss: Any) -> dict[str, Any]:
     """What the model is given while `loss()` is computed, with its answer."""
     seen: list[dict[str, Any]] = []
+    names = ("latents", "text", "pooled", "timestep", "scale_factor", "sparsity")
     hook = transformer.register_forward_hook(
-        lambda module, args, kwargs, output: seen.append({**kwargs, "velocity": output}), with_kwargs=True
+        lambda module, args, kwargs, output: seen.append({**dict(zip(names, args, strict=True)), "velocity": output}),
+        with_kwargs=True,
     )
     with torch.no_grad():
         value = loss()
@@ -478,8 +543,8 @@ def test_the_loss_is_flow_matching(tiny_t2v: Path, draw: bool) -> None:
     if draw:
         clean = clean + SCALE * math.exp(-1.5) * keyed_noise(*where, "posterior", shape=shape)
     noise, sigma = keyed_noise(*where, "noise", shape=shape), goal.sigma(unit_interval(*where, "sigma"))
-    torch.testing.assert_close(seen["hidden_states"][0, ..., :16], (1 - sigma) * clean + sigma * noise)
-    assert seen["hidden_states"][0, ..., 16:].count_nonzero() == 0
+    torch.testing.assert_close(seen["latents"][0, ..., :16], (1 - sigma) * clean + sigma * noise)
+    assert seen["latents"][0, ..., 16:].count_nonzero() == 0
     assert seen["timestep"].dtype == torch.float32
     assert seen["timestep"].item() == pytest.approx(1000 * sigma)
     torch.testing.assert_close(seen["loss"], (seen["velocity"][0] - (noise - clean)).square().mean())
@@ -531,7 +596,7 @@ def test_the_first_frame_stands_where_the_pipeline_puts_it(tiny_i2v: Path) -> No
     goal, transformer = objective(tiny_i2v, first_frame=True), our_model(tiny_i2v)
     clip = dataclasses.replace(random_clip(), first_mean_1HWC=mean + deviation, first_logvar_1HWC=logvar)
     seen = model_inputs(transformer, lambda: goal.training_loss(transformer, clip, clip.text, 0))
-    given = seen["hidden_states"]
+    given = seen["latents"]
     assert given.shape == prepared.shape
     torch.testing.assert_close(given[:, :1], prepared[:, :1], rtol=0, atol=1e-5)
     assert torch.equal(given[..., 16:], prepared[..., 16:])

@@ -1,4 +1,4 @@
-"""From a configuration and a cluster to a plan: degrees, batches, fingerprints, and the arithmetic of real models."""
+"""From a configuration and a cluster to a plan: degrees, batches, fingerprints, and plan.json."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from k5dist import estimate
-from k5dist.config import ConfigError, LoraConfig, ModelConfig, RunConfig
-from k5dist.estimate import Bucket
-from k5dist.launch import compose, flavours, plan_run, to_run_config
+from k5dist.compose import compose, flavours, to_run_config
+from k5dist.config import ConfigError, RunConfig
+from k5dist.estimate import Recompute
+from k5dist.launch import plan_run
 from k5dist.plan import ClusterFacts, RunPlan, estimates, make_plan
+from k5dist.shapes import Bucket
 
 PRO = "+flavour=t2v-pro-sft-10s-hd"
 TINY = "+flavour=t2v-tiny"
@@ -91,6 +90,16 @@ def test_degrees_must_multiply_to_the_world(degrees: list[str]) -> None:
         planned(PRO, *(f"parallel.{degree}" for degree in degrees), error.fix)
 
 
+@pytest.mark.parametrize(("gpus", "context", "fix"), [(8, 16, 8), (6, 8, 2), (3, 2, 1)])
+def test_workers_are_grouped_by_context(gpus: int, context: int, fix: int) -> None:
+    error = refusal(PRO, f"parallel.context={context}", gpus=gpus)
+    assert (error.key, error.value, error.fix) == ("parallel.context", context, f"parallel.context={fix}")
+    assert f"divide the {gpus} workers" in error.rule
+    world = planned(PRO, error.fix, gpus=gpus).world
+    assert world.context == fix
+    assert world.weight_shards == gpus
+
+
 def test_a_gpu_holds_one_worker() -> None:
     error = refusal("cluster.workers_per_node=9")
     assert (error.key, error.value) == ("cluster.workers_per_node", 9)
@@ -155,7 +164,14 @@ def test_another_checkpoint_changes_both_fingerprints() -> None:
 @pytest.mark.parametrize(
     "override",
     [
-        *("optimizer.lr=2e-4", "train.steps=7", "train.seed=1", "train.batch_size=16", "train.caption_dropout=0.2"),
+        *(
+            "optimizer.lr=2e-4",
+            "optimizer.kind=adamw_bf16",
+            "train.steps=7",
+            "train.seed=1",
+            "train.batch_size=16",
+            "train.caption_dropout=0.2",
+        ),
         *("lora.rank=8", "adapter=full", "data.held_out=0.1", "precache.latents=mode", "train.timestep_shift=5"),
     ],
 )
@@ -171,7 +187,7 @@ def test_what_is_learned_changes_only_the_runs(override: str) -> None:
         *("checkpoint.every=7", "checkpoint.keep=9", "tracking.uri=http://host:5000", "tracking.experiment=other"),
         *("name=mine", "stages=[train]", "resume=never", "storage.root=/elsewhere", "validation.every=7"),
         *("parallel.replicate=2", "cluster=ray", "cluster.workers_per_node=4", "cluster.max_restarts=0"),
-        *("train.compile=false", "train.activation_checkpointing=false", "precache.shard_size_mib=64"),
+        *("train.compile=false", "train.activation_checkpointing=full", "precache.shard_size_mib=64"),
     ],
 )
 def test_where_and_how_fast_changes_neither(override: str) -> None:
@@ -190,8 +206,22 @@ def test_one_place_in_two_spellings_is_one_source() -> None:
     assert fingerprints("data.resolution=512x768") == fingerprints("data.resolution=[512,768]")
 
 
+def test_a_plan_says_what_the_blocks_keep() -> None:
+    plan = dataclasses.replace(planned(), recompute=Recompute(3, 7))
+    assert json.loads(plan.to_json())["recompute"] == {"keep": 3, "attention": 7}
+    assert RunPlan.from_json(plan.to_json()) == plan
+
+
+def test_a_newer_plan_keeps_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The version of plan.json is not what is encoded: raising it must not encode all clips anew."""
+    before = fingerprints()
+    monkeypatch.setattr("k5dist.plan.SCHEMA_VERSION", 999)
+    assert fingerprints() == before
+
+
 def test_a_plan_of_another_version_is_refused() -> None:
     body = json.loads(planned().to_json())
+    assert body["schema_version"] == 2
     with pytest.raises(ConfigError, match="schema version"):
         RunPlan.from_json(json.dumps(body | {"schema_version": 999}))
 
@@ -201,151 +231,9 @@ def test_planning_imports_no_heavy_library() -> None:
     heavy = ("torch", "ray", "diffusers", "transformers", "mlflow")
     code = (
         "import sys\n"
-        "from k5dist.launch import compose, plan_run, to_run_config\n"
+        "from k5dist.compose import compose, to_run_config; from k5dist.launch import plan_run\n"
         "plan_run(to_run_config(compose(['+flavour=t2v-lite-sft-5s', 'stages=[plan]'])))\n"
         f"print([name for name in {heavy!r} if name in sys.modules])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-
-
-# Arithmetic
-
-
-def test_tokens_are_counted_after_vae_and_patches() -> None:
-    assert Bucket(121, 512, 768).latent_shape == (31, 64, 96)
-    assert Bucket(121, 512, 768).tokens == 47_616
-    assert Bucket(121, 768, 1280).tokens == 119_040
-    assert Bucket(1, 64, 96).latent_shape == (1, 8, 12)
-
-
-def model_of(flavour: str) -> ModelConfig:
-    return configure(f"+flavour={flavour}").model
-
-
-def meta_transformer(model: ModelConfig) -> Any:
-    import torch
-    from diffusers import Kandinsky5Transformer3DModel
-
-    with torch.device("meta"):
-        return Kandinsky5Transformer3DModel(**dataclasses.asdict(model))
-
-
-@pytest.mark.parametrize("flavour", ["t2v-tiny", "t2v-lite-sft-5s", "t2v-pro-sft-5s-hd"])
-def test_parameters_are_those_of_the_real_class(flavour: str) -> None:
-    model = model_of(flavour)
-    transformer = meta_transformer(model)
-    assert estimate.parameters(model) == sum(p.numel() for p in transformer.parameters())
-    block = transformer.visual_transformer_blocks[0]
-    assert estimate.visual_block_parameters(model) == sum(p.numel() for p in block.parameters())
-
-
-@pytest.fixture(scope="module")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from k5dist.model.tiny import build_tiny_checkpoint
-
-    folder = tmp_path_factory.mktemp("checkpoint")
-    build_tiny_checkpoint(folder, task="t2v", architecture=dataclasses.asdict(model_of("t2v-tiny")))
-    return folder
-
-
-@pytest.mark.parametrize("targets", ["attention", "attention+ffn"])
-@pytest.mark.parametrize("rank", [1, 16])
-def test_lora_parameters_are_those_that_peft_trains(tiny_checkpoint: Path, targets: str, rank: int) -> None:
-    import torch
-
-    from k5dist.model.transformer import build_transformer
-
-    model = model_of("t2v-tiny")
-    lora = LoraConfig(rank=rank, alpha=1.0, targets=targets)
-    transformer = build_transformer(str(tiny_checkpoint), model, lora=lora, dtype=torch.bfloat16)
-    trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
-    assert estimate.lora_parameters(model, rank, targets) == trained
-
-
-def test_all_parameters_train_without_an_adapter(tiny_checkpoint: Path) -> None:
-    import torch
-
-    from k5dist.model.transformer import build_transformer
-
-    model = model_of("t2v-tiny")
-    transformer = build_transformer(str(tiny_checkpoint), model, lora=None, dtype=torch.bfloat16)
-    assert estimate.parameters(model) == sum(p.numel() for p in transformer.parameters() if p.requires_grad)
-
-
-def counted_flops(model: ModelConfig, shape: tuple[int, int, int], text_tokens: int, training: str | None) -> int:
-    """What torch counts in the transformer's blocks, forward, or with the backward of `training` (lora or full).
-
-    Counted are the matrix products of the blocks' attention and feed-forward layers. Not counted, here as in the
-    estimate: the embeddings, the output layer and every modulation (together under 1% of a real clip's), and all that
-    is not a matrix product (norms, RoPE, softmax, GELU), which torch's counter ignores. Adapters' own products are
-    outside both as well.
-    """
-    import torch
-    from diffusers import Kandinsky5Transformer3DModel
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    transformer: Any = Kandinsky5Transformer3DModel(**dataclasses.asdict(model))
-    transformer.requires_grad_(training == "full")
-    # Whatever is trained, gradients flow through all blocks down to their inputs.
-    time, height, width = shape
-    clip = torch.randn(1, time, 2 * height, 2 * width, 2 * model.in_visual_dim + 1, requires_grad=True)
-    text = torch.randn(1, text_tokens, model.in_text_dim, requires_grad=True)
-    positions = tuple(torch.arange(side) for side in shape)
-    pooled, timestep = torch.randn(1, model.in_text_dim2), torch.tensor([500.0])
-    # The plain implementation: its backward is made of matrix products, without a fused kernel's recomputation.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        output = transformer(clip, text, timestep, pooled, positions, torch.arange(text_tokens)).sample
-        if training:
-            output.sum().backward()
-    flops = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-    return sum(
-        count
-        for name, count in flops.items()
-        if name.endswith(("self_attention", "cross_attention", "feed_forward")) and "_blocks." in name
-    )
-
-
-def test_forward_flops_are_those_that_torch_counts() -> None:
-    model, shape = model_of("t2v-tiny"), (3, 4, 6)
-    flops = estimate.forward_flops(model, math.prod(shape), text_tokens=5)
-    assert flops.linear + flops.attention == counted_flops(model, shape, 5, None)
-
-
-@pytest.mark.parametrize("adapter", ["lora", "full"])
-def test_training_flops_are_those_that_torch_counts(adapter: str) -> None:
-    model, shape = model_of("t2v-tiny"), (3, 4, 6)
-    flops = estimate.forward_flops(model, math.prod(shape), text_tokens=5)
-    assert flops.training(adapter) == counted_flops(model, shape, 5, adapter)
-
-
-def test_density_thins_out_self_attention_alone() -> None:
-    model, tokens = model_of("t2v-pro-sft-5s-hd"), 119_040
-    dense, sparse = estimate.forward_flops(model, tokens), estimate.forward_flops(model, tokens, density=0.2)
-    assert sparse.linear == dense.linear
-    gone = 0.8 * model.num_visual_blocks * 4 * tokens**2 * model.model_dim
-    assert dense.attention - sparse.attention == pytest.approx(gone)
-
-
-def test_more_shards_take_less_memory() -> None:
-    one, eight = (estimates(planned(PRO, "train.batch_size=8", gpus=gpus)).memory for gpus in (1, 8))
-    assert eight.weights == pytest.approx(one.weights / 8)
-    assert eight.activations == one.activations
-    assert eight.total < one.total
-    full = estimates(planned(PRO, "adapter=full"))
-    assert full.trainable == full.parameters
-    assert full.memory.optimizer == pytest.approx(8 * full.parameters / 8)
-
-
-def test_a_clip_that_does_not_fit_is_said() -> None:
-    assert any("MORE MEMORY" in note for note in estimates(planned(PRO, "adapter=full", gpus=1)).notes)
-    assert not any("MORE MEMORY" in note for note in estimates(planned("data.resolution=[512,512]")).notes)
-
-
-@pytest.mark.parametrize(("name", "part"), [("NVIDIA H200 141GB", "H200"), (None, "assumed"), ("Voodoo 2", "assumed")])
-def test_an_unknown_gpu_is_assumed_and_said_to_be(name: str | None, part: str) -> None:
-    shown, rate, size = estimate.gpu_facts(name)
-    assert part in shown
-    assert rate > 1e14
-    assert size > 40 * estimate.GIB

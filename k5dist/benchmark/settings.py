@@ -1,0 +1,77 @@
+"""What is timed: a run's configuration cut down to one bucket of made-up clips, and how often."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from k5dist.config import ConfigError, RunConfig
+from k5dist.plan import RunPlan, make_plan
+from k5dist.schema import build, one_of, positive
+from k5dist.shapes import Bucket
+from k5dist.world import ClusterFacts, make_world
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings:
+    """`conf/benchmark.yaml` says what the keys mean."""
+
+    blocks: int | None
+    steps: int
+    warmup: int
+    text_tokens: int
+    density: float
+    baseline: str
+    profile: bool
+    out: str | None
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> BenchmarkSettings:
+        return build(cls, mapping, "benchmark.")
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "warmup", "text_tokens"):
+            positive(f"benchmark.{name}", getattr(self, name))
+        if self.blocks is not None:
+            positive("benchmark.blocks", self.blocks)
+        if not 0 < self.density <= 1:
+            rule = "a share of the blocks, 0 < share ≤ 1"
+            raise ConfigError("benchmark.density", self.density, rule, "benchmark.density=0.2")
+        one_of("benchmark.baseline", self.baseline, ("none", "diffusers"))
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """The whole of what a benchmark's worker reads."""
+
+    plan: RunPlan
+    settings: BenchmarkSettings
+    loop: str  # k5dist or diffusers
+
+    def to_json(self) -> str:
+        body = {"plan": json.loads(self.plan.to_json()), "settings": dataclasses.asdict(self.settings)}
+        return json.dumps(body | {"loop": self.loop})
+
+    @classmethod
+    def from_json(cls, text: str) -> Benchmark:
+        body = json.loads(text)
+        plan = RunPlan.from_json(json.dumps(body["plan"]))
+        return cls(plan, BenchmarkSettings.from_mapping(body["settings"]), body["loop"])
+
+    @property
+    def bucket(self) -> Bucket:
+        return self.plan.buckets[0]
+
+
+def plan_benchmark(config: RunConfig, settings: BenchmarkSettings, facts: ClusterFacts) -> RunPlan:
+    """The run's own plan for one bucket (the validation videos' resolution), one clip a data-parallel group."""
+    model = config.model
+    if settings.blocks is not None:
+        model = dataclasses.replace(model, num_visual_blocks=settings.blocks)
+    batch = make_world(config, facts).data_parallel
+    train = dataclasses.replace(config.train, batch_size=batch, caption_dropout=0.0)
+    data = dataclasses.replace(config.data, source=None, resolution=config.validation_shape[1:])
+    return make_plan(dataclasses.replace(config, model=model, train=train, data=data), facts, "hub:benchmark")

@@ -1,0 +1,213 @@
+"""Timing the training step: random weights, made-up clips, and the very `TrainStep` that a run uses.
+
+`torchrun … -m k5dist.benchmark.train <benchmark.json> <result.json>` is one loop's worker; `python -m k5dist.benchmark
+train` writes the first and reads the second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
+
+from k5dist import memory
+from k5dist.benchmark.baseline import build_baseline
+from k5dist.benchmark.density import measured_density
+from k5dist.benchmark.settings import Benchmark
+from k5dist.benchmark.shares import device_work, operator_shares, shares_of
+from k5dist.config import RunConfig
+from k5dist.estimate import GIB, forward_flops, gpu_facts
+from k5dist.model.dit import VideoTransformer
+from k5dist.model.forward import Text
+from k5dist.model.transformer import adapt, allocate
+from k5dist.model.weights import is_adapter
+from k5dist.train.feed import Step
+from k5dist.train.objective import Clip, Objective
+from k5dist.train.optimiser import make_optimiser, trained_dtype
+from k5dist.train.parallelise import compute_dtype, make_mesh, parallelise
+from k5dist.train.step import TrainStep
+from k5dist.train.worker import start_process_group
+
+
+def main(benchmark_path: str, result_path: str) -> int:
+    benchmark = Benchmark.from_json(Path(benchmark_path).read_text())
+    device = start_process_group(benchmark.plan)
+    result = measure(benchmark, device)
+    if dist.get_rank() == 0:
+        Path(result_path).write_text(json.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+def measure(benchmark: Benchmark, device: torch.device) -> dict[str, Any]:
+    """Time one loop on all workers; rank 0's own figures (its peak memory is the workers' largest)."""
+    plan, settings = benchmark.plan, benchmark.settings
+    config = plan.config
+    transformer = build(benchmark, device)
+    objective = make_objective(config, device)
+    work = TrainStep(plan, transformer, make_optimiser(transformer, config.optimizer, device), objective, None)
+    clip = make_clip(benchmark)
+    losses, seconds = [], []
+    for number in range(1, settings.warmup + settings.steps + 1):
+        if number == settings.warmup + 1 and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        losses.append(work.update(make_step(clip, plan.batch_size), number)[0])
+        seconds.append(time.perf_counter() - started)
+    peak = peak_memory(device)
+    kept = measured_density(work, clip) if config.model.is_sparse and benchmark.loop == "k5dist" else 1.0
+    shares = profile_step(work, clip, len(losses) + 1, device) if settings.profile else None
+    return {
+        "loop": benchmark.loop,
+        "first_step_seconds": seconds[0],
+        "step_seconds": seconds[settings.warmup :],
+        "losses": losses,
+        "shares": shares,
+        "memory": peak | {"predicted_gib": predicted(benchmark)},
+        "recompute": dataclasses.asdict(plan.recompute) if benchmark.loop == "k5dist" else "everything",
+        **speed(benchmark, statistics.median(seconds[settings.warmup :]), kept, device),
+        "environment": environment(device),
+    }
+
+
+def build(benchmark: Benchmark, device: torch.device) -> nn.Module:
+    """The loop's model, sharded, with random weights."""
+    plan = benchmark.plan
+    config, dtype = plan.config, compute_dtype(plan.config.train)
+    mesh = make_mesh(plan.world)
+    if benchmark.loop == "diffusers":
+        transformer: nn.Module = build_baseline(config, mesh, dtype)
+    else:
+        lora = config.lora if config.adapter == "lora" else None
+        with torch.device("meta"):
+            transformer = VideoTransformer(config.model)
+        adapt(transformer, lora, dtype, trained_dtype(config.optimizer))
+        parallelise(transformer, mesh, config.train, plan.recompute)
+    allocate(transformer, device)
+    randomise(transformer)
+    return transformer.train()
+
+
+@torch.no_grad()
+def randomise(transformer: nn.Module) -> None:
+    """Weights of a usual size: matrices N(0, 0.02²), norms 1, biases and an adapter's second factor 0."""
+    for at, (name, parameter) in enumerate(transformer.named_parameters()):
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if parameter.ndim == 1 and "norm" in name and name.endswith("weight"):
+            local.fill_(1.0)
+        elif parameter.ndim == 1 or (is_adapter(name) and ".lora_B." in name):
+            local.zero_()
+        else:
+            generator = torch.Generator(local.device).manual_seed(at)
+            local.normal_(0.0, 0.02, generator=generator)
+
+
+def make_objective(config: RunConfig, device: torch.device) -> Objective:
+    """The checkpoint is not asked: its shift and scaling factor change no time."""
+    return Objective(
+        model=config.model,
+        train=config.train,
+        first_frame=config.flavour.task == "i2v",
+        shift=5.0,
+        scaling_factor=1.0,
+        draw=True,
+        device=device,
+        dtype=compute_dtype(config.train),
+    )
+
+
+def make_clip(benchmark: Benchmark) -> Clip:
+    """A clip of noise, another one for each data-parallel group."""
+    config = benchmark.plan.config
+    group = dist.get_rank() // benchmark.plan.world.context
+    generator = torch.Generator().manual_seed(group)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).bfloat16()
+
+    shape = (*benchmark.bucket.latent_shape, config.model.in_visual_dim)
+    length = benchmark.settings.text_tokens
+    text = Text(noise(1, length, config.model.in_text_dim), noise(1, config.model.in_text_dim2))
+    mean, logvar = noise(*shape), noise(*shape) - 4
+    first = (mean[:1], logvar[:1]) if config.flavour.task == "i2v" else (None, None)
+    return Clip(f"clip-{group}", mean, logvar, *first, text)
+
+
+def make_step(clip: Clip, num_real: int) -> Step:
+    return Step(epoch=0, batch=0, last_of_epoch=False, clips=[(clip, 1.0)], num_real=num_real, waited=0.0)
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    if device.type != "cuda":
+        return {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    peaks = torch.tensor([torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()], device=device)
+    dist.all_reduce(peaks, dist.ReduceOp.MAX)
+    return {"peak_gib": int(peaks[0]) / GIB, "peak_reserved_gib": int(peaks[1]) / GIB}
+
+
+def predicted(benchmark: Benchmark) -> dict[str, float]:
+    """The plan's estimate by parts, to be held against `peak_gib`: `allocated` is the sum without CUDA's own share."""
+    plan = benchmark.plan
+    parts = memory.predict(plan.config, plan.world, benchmark.bucket, plan.recompute)
+    shown = {name: value / GIB for name, value in dataclasses.asdict(parts).items()}
+    return shown | {"allocated": parts.allocated / GIB}
+
+
+def profile_step(work: TrainStep, clip: Clip, number: int, device: torch.device) -> dict[str, float]:
+    activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
+    with profile(activities=[activity]) as trace:
+        started = time.perf_counter()
+        work.update(make_step(clip, work.plan.batch_size), number)
+        seconds = time.perf_counter() - started
+    if device.type == "cuda":
+        return shares_of(device_work(trace), seconds)
+    return operator_shares(trace, seconds)
+
+
+def speed(benchmark: Benchmark, seconds: float, density: float, device: torch.device) -> dict[str, Any]:
+    """Tokens and model FLOPs a GPU and second. FLOPs count kept blocks only, and no recomputation."""
+    plan, bucket = benchmark.plan, benchmark.bucket
+    flops = forward_flops(plan.config.model, bucket.tokens, density, benchmark.settings.text_tokens)
+    each = flops.training(plan.config.adapter) / plan.world.context
+    figures = {
+        "median_step_seconds": seconds,
+        "tokens": bucket.tokens,
+        "tokens_per_second_per_gpu": bucket.tokens / plan.world.context / seconds,
+        "model_flops_per_gpu": each,
+        "density": density,
+        "mfu": None,
+    }
+    if device.type == "cuda":
+        _, rate, _ = gpu_facts(torch.cuda.get_device_name())
+        figures["mfu"] = each / (seconds * rate)
+    return figures
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "workers": dist.get_world_size(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "python": platform.python_version(),
+        "meaningful": cuda,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,89 @@
+"""Hydra's composition of `conf/` and of what is typed behind a command. The edge: nothing below knows Hydra."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from k5dist.config import ConfigError, RunConfig, nearest
+
+DEFAULT_FLAVOUR = "t2v-lite-sft-5s"
+
+
+def config_folder() -> Path:
+    """`conf/`: inside an installed package, or beside it in a checkout."""
+    packaged = Path(__file__).parent / "conf"
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "conf"
+
+
+def flavours() -> list[str]:
+    return sorted(path.stem for path in (config_folder() / "flavour").glob("*.yaml"))
+
+
+def normalise_arguments(arguments: list[str]) -> list[str]:
+    """Hydra wants the flavour appended (`+flavour=`) and exactly once; people write `flavour=`, or none."""
+    arguments = [re.sub(r"^flavour=", "+flavour=", argument) for argument in arguments]
+    if not any(argument.startswith("+flavour=") for argument in arguments):
+        arguments.insert(0, f"+flavour={DEFAULT_FLAVOUR}")
+    return arguments
+
+
+def compose(overrides: list[str], config_name: str = "config") -> DictConfig:
+    """The composed configuration of a run, or of another entry of `conf/` (a benchmark).
+
+    Raises:
+        ConfigError: for unknown flavours, unknown keys and values that cannot be parsed.
+    """
+    overrides = normalise_arguments(overrides)
+    GlobalHydra.instance().clear()
+    for override in overrides:
+        name = override.removeprefix("+flavour=")
+        if name != override and name not in flavours():
+            near = nearest(name, flavours()) or flavours()
+            raise ConfigError("flavour", name, "no such flavour", "did you mean " + ", ".join(near) + "?")
+    try:
+        with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
+            return hydra.compose(config_name, overrides=overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _composition_error(error, overrides, config_name) from error
+
+
+def _composition_error(error: Exception, overrides: list[str], config_name: str) -> ConfigError:
+    text = " ".join(str(part) for part in (error, error.__cause__) if part)
+    choice = re.search(r"Could not find '(\w+)/(\S+?)'", text)
+    if choice:
+        group, name = choice.groups()
+        choices = sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
+        return ConfigError(
+            group, name, "no such choice", f"did you mean {', '.join(nearest(name, choices) or choices)}?"
+        )
+    match = re.search(r"Could not override '([\w.@/-]+)'", text)
+    if match is None:
+        rule = str(error).strip().splitlines()[0]
+        return ConfigError("command line", " ".join(overrides), rule, "overrides are written key=value")
+    key = match[1]
+    value = next((o.partition("=")[2] for o in overrides if o.partition("=")[0] == key), None)
+    with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
+        known = _leaf_keys(OmegaConf.to_container(hydra.compose(config_name, overrides=["+flavour=t2v-tiny"])), "")
+    near = nearest(key, known)
+    fix = f"did you mean {', '.join(near)}?" if near else "keys and their meanings stand in conf/config.yaml"
+    return ConfigError(key, value, "no such key", fix)
+
+
+def _leaf_keys(node: Any, path: str) -> list[str]:
+    if not isinstance(node, dict):
+        return [path[:-1]]
+    return [key for name, child in node.items() for key in _leaf_keys(child, f"{path}{name}.")]
+
+
+def to_run_config(composed: DictConfig) -> RunConfig:
+    """The validated configuration; interpolations resolved, unset required keys named."""
+    plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
+    return RunConfig.from_mapping({str(key): value for key, value in plain.items() if key != "hydra"})

@@ -1,0 +1,208 @@
+"""Whether a run fits its GPUs, and if not, the nearest settings that do, each found by planning it.
+
+Refused is only what is known: on an assumed GPU the plan says its doubt, and the user decides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from k5dist import estimate, memory
+from k5dist.config import CHECKPOINTING, ConfigError, RunConfig
+from k5dist.estimate import GIB
+from k5dist.plan import RunPlan, make_plan
+from k5dist.shapes import HD_RESOLUTIONS, SD_RESOLUTIONS, Bucket
+from k5dist.world import ClusterFacts
+
+Change = dict[str, Any]  # dotted keys and their new values
+
+MAX_ALTERNATIVES = 3
+MAX_NODES = 64
+NODE_SIZES = (2, 4, 8)  # GPUs of usual machines
+CLIP_LENGTHS = (121, 61, 49, 25, 17)  # 10, 5, 2.5, 2, 1 and 0.7 s at 24 frames a second
+SMALL_RESOLUTIONS = ((384, 640), (640, 384), (256, 384), (384, 256), (256, 256))  # below the presets; all take NABLA
+
+
+def check(config: RunConfig, facts: ClusterFacts) -> None:
+    """Raises ConfigError, with settings that fit, where training would need more memory than the GPUs have."""
+    trains = "train" in config.stages or config.stages == ("plan",)
+    if not trains or not facts.gpus_per_node or facts.assumed or not estimate.is_known_gpu(facts.gpu_name):
+        return
+    plan = make_plan(config, facts, "")
+    needed, gpu, gpu_bytes = _needs(plan)
+    if needed.total <= gpu_bytes:
+        return
+    state = (needed.weights + needed.gradients + needed.optimizer + needed.gathered) / GIB
+    activations = (needed.total - needed.runtime) / GIB - state
+    policy = config.train.activation_checkpointing
+    rule = (
+        f"{memory.largest(plan.buckets)} needs about {needed.total / GIB:.1f} GiB a GPU with activation_checkpointing="
+        f"{policy}, of {gpu_bytes / GIB:.1f} ({gpu}): weights, gradients and optimiser {state:.1f}, activations"
+        f" {activations:.1f}"
+    )
+    lighter = _lighter_policy(config, facts)
+    if lighter:
+        key = "train.activation_checkpointing"
+        raise ConfigError(key, policy, rule, f"{key}={lighter} or {key}=auto")
+    found = alternatives(config, facts)
+    if not found:
+        fix = "GPUs with more memory, or a smaller data.resolution and data.num_frames"
+        raise ConfigError("data.resolution", config.data.resolution, rule, fix)
+    key = next(iter(found[0]))
+    raise ConfigError(key, _value(config, facts, key), rule, " or ".join(words(change) for change in found))
+
+
+def words(change: Change) -> str:
+    """As one types it; nothing in it needs quotes."""
+    return " ".join(f"{key}={'null' if value is None else value}" for key, value in change.items())
+
+
+def alternatives(config: RunConfig, facts: ClusterFacts) -> list[Change]:
+    """Up to three changes, one a kind, nearest first, each of which plans and fits."""
+    if config.train.activation_checkpointing not in ("auto", "full"):
+        base: Change = {"train.activation_checkpointing": "auto"}
+        return [change | base for change in alternatives(_changed(config, base), facts)]
+    found: list[Change] = []
+    for kind in (_more_context, _more_gpus, _lighter_training, _smaller_clips, _everything):
+        if kind is _everything and found:
+            break
+        for tried in kind(config, facts):
+            # More of the same keys than what was found already is no alternative to it.
+            new = (change for change in tried if not any(other.keys() <= change.keys() for other in found))
+            found += itertools.islice((change for change in new if fits(config, facts, change)), 1)
+    return found[:MAX_ALTERNATIVES]
+
+
+def fits(config: RunConfig, facts: ClusterFacts, change: Change) -> bool:
+    """Whether the changed run plans, and leaves the margin free."""
+    try:
+        changed = _changed(config, change)
+        gpus = changed.cluster.gpus_per_node or facts.gpus_per_node
+        plan = make_plan(changed, dataclasses.replace(facts, gpus_per_node=gpus), "")
+    except ConfigError:  # degrees or batch that do not divide
+        return False
+    needed, _, gpu_bytes = _needs(plan)
+    return needed.total <= memory.usable(gpu_bytes)
+
+
+def _needs(plan: RunPlan) -> tuple[memory.Memory, str, float]:
+    gpu, _, gpu_bytes = estimate.gpu_facts(plan.world.gpu_name)
+    bucket = memory.largest(plan.buckets)
+    return memory.predict(plan.config, plan.world, bucket, plan.recompute), gpu, gpu_bytes
+
+
+def _lighter_policy(config: RunConfig, facts: ClusterFacts) -> str | None:
+    """Of the words below an explicit one, the first that fits."""
+    name = config.train.activation_checkpointing
+    below = () if name == "auto" else CHECKPOINTING[CHECKPOINTING.index(name) + 1 :]
+    return next((word for word in below if fits(config, facts, {"train.activation_checkpointing": word})), None)
+
+
+def _changed(config: RunConfig, change: Change) -> RunConfig:
+    mapping = config.to_mapping()
+    for key, value in change.items():
+        *groups, name = key.split(".")
+        node = mapping
+        for group in groups:
+            node = node[group]
+        node[name] = value
+    return RunConfig.from_mapping(mapping)
+
+
+def _value(config: RunConfig, facts: ClusterFacts, key: str) -> Any:
+    node: Any = config.to_mapping()
+    for name in key.split("."):
+        node = node[name]
+    return facts.gpus_per_node if key == "cluster.gpus_per_node" and node is None else node
+
+
+# The kinds of changes. Each gives lists of changes; of a list the first that fits is proposed.
+
+
+def _degrees(config: RunConfig, gpus: Change) -> Iterator[Change]:
+    """`gpus`, with the present degrees and then with clips shared by ever more workers; shards take what is left."""
+    parallel, heads = config.parallel, config.model.num_heads
+    free: Change = {} if parallel.shard is None else {"parallel.shard": None}
+    contexts = [c for c in range(parallel.context + 1, heads + 1) if heads % c == 0]
+    replicas: list[Change] = [{}, *([{"parallel.replicate": 1}] if parallel.replicate > 1 else [])]
+    for replicate in replicas:
+        for context in ({}, *({"parallel.context": c} for c in contexts)):
+            change = gpus | replicate | context
+            yield change | free if change else change
+
+
+def _more_context(config: RunConfig, facts: ClusterFacts) -> Sequence[Iterable[Change]]:
+    return [(change for change in _degrees(config, {}) if change)]
+
+
+def _more_gpus(config: RunConfig, facts: ClusterFacts) -> Sequence[Iterable[Change]]:
+    """The same on more GPUs of the same kind: those that lie idle, a larger machine, more machines."""
+    return [(change for gpus in _gpu_counts(config, facts) for change in _degrees(config, gpus))]
+
+
+def _gpu_counts(config: RunConfig, facts: ClusterFacts) -> list[Change]:
+    """Fewest GPUs first: usual machines, and machines by powers of two."""
+    cluster, here = config.cluster, facts.gpus_per_node
+    workers = cluster.workers_per_node or here
+    sizes = [here, *(size for size in NODE_SIZES if size > here)]
+    nodes = [cluster.nodes * 2**n for n in range(MAX_NODES.bit_length()) if cluster.nodes * 2**n <= MAX_NODES]
+    counts = sorted(((count, size) for count in nodes for size in sizes), key=lambda pair: (math.prod(pair), pair[0]))
+    changes: list[Change] = []
+    for count, size in counts:
+        change: Change = {} if count == cluster.nodes else {"cluster.nodes": count}
+        change |= {} if size == here else {"cluster.gpus_per_node": size}
+        change |= {} if cluster.workers_per_node is None or size == workers else {"cluster.workers_per_node": size}
+        changes += [change] if change else []
+    return changes
+
+
+def _lighter_training(config: RunConfig, facts: ClusterFacts) -> Sequence[Iterable[Change]]:
+    """Weights, gradients and moments in bf16; an adapter instead of all weights."""
+    if config.adapter != "full":
+        return []
+    kinds: list[Change] = [{"optimizer.kind": "adamw_bf16"}] if config.optimizer.kind == "adamw" else []
+    return [_degrees(config, change) for change in (*kinds, {"adapter": "lora"})]
+
+
+def _smaller_clips(config: RunConfig, facts: ClusterFacts) -> Sequence[Iterable[Change]]:
+    """The one with the most tokens of those that fit, on the GPUs as they are."""
+    return [_shapes(config)]
+
+
+def _shapes(config: RunConfig) -> list[Change]:
+    """Shorter or smaller clips, then both; most tokens first. A preset gives way to a preset or one small shape."""
+    frames, resolutions = config.data.num_frames, config.resolutions
+    area = max(height * width for height, width in resolutions)
+    sizes = {f"{height}x{width}": (height, width) for height, width in (*SD_RESOLUTIONS, *SMALL_RESOLUTIONS)}
+    if len(resolutions) > 1:
+        sizes = {"sd": (512, 768)} | {name: sides for name, sides in sizes.items() if sides in SMALL_RESOLUTIONS}
+    else:
+        sizes |= {f"{height}x{width}": (height, width) for height, width in HD_RESOLUTIONS}
+    turns = {_turn(*sides) for sides in resolutions}
+    smaller = [(name, sides) for name, sides in sizes.items() if math.prod(sides) < area and (_turn(*sides) in turns)]
+    changes: list[tuple[bool, int, Change]] = []
+    for name, sides in [("", max(resolutions, key=math.prod)), *smaller]:
+        for length in (frames, *(length for length in CLIP_LENGTHS if length < frames)):
+            change: Change = {"data.resolution": name} if name else {}
+            change |= {"data.num_frames": length} if length != frames else {}
+            changes += [(len(change) > 1, -Bucket(length, *sides).tokens, change)] if change else []
+    return [change for _, _, change in sorted(changes, key=lambda entry: entry[:2])]
+
+
+def _turn(height: int, width: int) -> int:
+    """Lying, square or standing."""
+    return (height > width) - (height < width)
+
+
+def _everything(config: RunConfig, facts: ClusterFacts) -> Sequence[Iterable[Change]]:
+    """Where no one kind is enough: an adapter, or states in bf16, with other GPUs or smaller clips."""
+    lighter: list[Change] = [{}]
+    if config.adapter == "full":
+        lighter = [{"optimizer.kind": "adamw_bf16"}, {"adapter": "lora"}]
+    gpus = [_degrees(config, change | count) for change in lighter for count in _gpu_counts(config, facts)]
+    clips = ((light | shape for shape in _shapes(config)) for light in lighter)
+    return [(change for changes in gpus for change in changes), *clips]

@@ -1,0 +1,234 @@
+"""What a training worker needs of its GPU's memory, by parts, and how much the blocks may therefore keep.
+
+`predict` is a pure function of configuration, world, bucket and recomputation: the plan chooses by it, refuses by it,
+and the benchmark prints it beside what it measures. Every number that is no plain arithmetic is a named constant here,
+with where it comes from.
+
+A *unit* is one activation of model_dim a token, in the compute type, of the tokens that a worker holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from k5dist import estimate
+from k5dist.config import ModelConfig, RunConfig
+from k5dist.estimate import GIB, MIB, Recompute
+from k5dist.shapes import NABLA_BLOCK, Bucket
+from k5dist.world import World
+
+FP32 = 4  # bytes
+# Share of the card that a plan leaves free: the allocator's fragmentation, cuBLAS and cuDNN workspaces, NCCL's buffers
+# beyond RUNTIME_BYTES. An assumption; to be set from measured peaks.
+MARGIN = 0.08
+# CUDA's context, its loaded kernels and NCCL's channels: 1 to 1.5 GiB as nvidia-smi shows them on H200. Torch's
+# allocator does not count them.
+RUNTIME_BYTES = 1.25 * GIB
+
+# Bytes of a number in a trained weight, its gradient and its two moments. The modules that stay in fp32 keep theirs so.
+STATE_BYTES = {"adamw": FP32, "adamw_bf16": 2}
+
+# FSDP2 holds the block at work and the one it prefetches whole, also where there is but one shard. Full fine-tuning
+# adds the unsharded gradients of up to two blocks, in the compute type, and the fp32 input of one reduce-scatter.
+GATHERED_BLOCKS = 2
+GRADIENT_BLOCKS = 2
+REDUCED_BLOCKS = 1
+
+# Units that one block's backward needs at its peak, recomputed activations included. Measured: 49.8 GiB at the peak of
+# Pro LoRA r32, 121×512×768 on two H200, compiled, full recomputation; less weights, block inputs and gathered blocks
+# about 6.5 GiB remain, which are 17.5 to 18 units.
+WORKING_UNITS = 17.7
+# Units beyond its input that a block keeps which recomputes nothing (normed inputs, q, k, v of both attentions, their
+# outputs), and tensors of ff_dim a token. A count of what a compiled block saves; to be calibrated.
+KEPT_UNITS = 12
+KEPT_FF = 2
+ATTENTION_UNITS = 1  # the output of self-attention; arithmetic
+EAGER_FACTOR = 1.6  # without fusion fp32 intermediates stand in memory; an assumption for both of the above
+ALL_TO_ALL_UNITS = 4  # send and receive buffers where workers swap tokens for heads; an assumption
+FORWARD_UNITS = 12  # of a forward that keeps nothing (sampling validation videos); an assumption
+
+# NABLA's backward lists the kept blocks by rows and by columns, int16, made in chunks so that they stay below the cap;
+# its map is made from fp32 scores, also in chunks. Facts of the kernels.
+LISTS, LIST_BYTES, LISTS_CAP = 2, 2, 512 * MIB
+MAP_CAP = 256 * MIB
+MAP_WORD = 32  # blocks that one packed 4-byte word of the kept map tells of
+
+# fp32 copies of the clip's latents at once (clip, noise, noisy input, conditioning, target, prediction, gradient) and
+# the fp32 RoPE tables (cosine and sine for each of a head's dimensions). Counts of the code; small.
+LATENT_COPIES = 8
+ROPE_TABLES = 2
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Predicted peak bytes of one worker, by parts. Gradients are counted whole, as with accumulation they are there
+    when the second clip's backward begins; without it the peak is a little lower."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    gathered: float
+    kept: float
+    working: float
+    sparse: float
+    workspace: float
+    runtime: float
+
+    @property
+    def total(self) -> float:
+        return sum(dataclasses.astuple(self))
+
+    @property
+    def allocated(self) -> float:
+        """What torch's allocator counts: compare it with `torch.cuda.max_memory_allocated`."""
+        return self.total - self.runtime
+
+
+def trainable_parameters(config: RunConfig) -> int:
+    if config.adapter == "full":
+        return estimate.parameters(config.model)
+    return estimate.lora_parameters(config.model, config.lora.rank, config.lora.targets)
+
+
+def predict(config: RunConfig, world: World, bucket: Bucket, recompute: Recompute) -> Memory:
+    """Peak memory of a worker while it trains on clips of `bucket`, keeping what `recompute` says."""
+    model = config.model
+    unit = _unit(config, world, bucket)
+    kept = _kept(config, world, bucket, recompute)
+    working = WORKING_UNITS * unit * _eager_factor(config, world)
+    working += ALL_TO_ALL_UNITS * unit if world.context > 1 else 0
+    latents = math.prod(bucket.latent_shape) * model.out_visual_dim * FP32
+    tables = ROPE_TABLES * _own_tokens(world, bucket) * model.head_dim * FP32
+    return Memory(
+        weights=_weights(config, world),
+        gradients=_gradients(config, world),
+        optimizer=2 * _trained_bytes(config) / world.weight_shards,  # two moments
+        gathered=_gathered(config, world),
+        kept=kept,
+        working=working,
+        sparse=_sparse(model, world, bucket),
+        workspace=LATENT_COPIES * latents + tables + _validation(config, world, kept + working),
+        runtime=RUNTIME_BYTES if world.device == "cuda" else 0,
+    )
+
+
+def policy(name: str, blocks: int) -> Recompute:
+    """`train.activation_checkpointing`, but for `auto`, in all blocks."""
+    return {"none": Recompute(blocks, 0), "attention": Recompute(0, blocks), "full": Recompute(0, 0)}[name]
+
+
+def settle(config: RunConfig, world: World, buckets: Iterable[Bucket], gpu_bytes: float) -> Recompute:
+    """The recomputation that a run gets: the one it asks for, or by `auto` as little as the GPU's memory allows.
+
+    Greedily: attention outputs in as many blocks as fit (they are the dearest to compute again for their size), then
+    everything in as many of those as fit.
+    """
+    blocks, name = config.model.num_visual_blocks, config.train.activation_checkpointing
+    if name != "auto":
+        return policy(name, blocks)
+    if world.device == "cpu":
+        return policy("full", blocks)
+    bucket, limit = largest(buckets), usable(gpu_bytes)
+
+    def fits(recompute: Recompute) -> bool:
+        return predict(config, world, bucket, recompute).total <= limit
+
+    attention = max((n for n in range(blocks + 1) if fits(Recompute(0, n))), default=0)
+    keep = max((n for n in range(attention + 1) if fits(Recompute(n, attention - n))), default=0)
+    return Recompute(keep, attention - keep)
+
+
+def largest(buckets: Iterable[Bucket]) -> Bucket:
+    return max(buckets, key=lambda bucket: bucket.tokens)
+
+
+def usable(gpu_bytes: float) -> float:
+    return gpu_bytes * (1 - MARGIN)
+
+
+def _element(config: RunConfig, world: World) -> int:
+    """Bytes of the compute type. (On a CPU bf16 operations work in fp32.)"""
+    return 2 if config.train.precision == "bf16" and world.device == "cuda" else FP32
+
+
+def _eager_factor(config: RunConfig, world: World) -> float:
+    return 1 if config.train.compile and world.device == "cuda" else EAGER_FACTOR
+
+
+def _own_tokens(world: World, bucket: Bucket) -> int:
+    return -(-bucket.tokens // world.context)
+
+
+def _unit(config: RunConfig, world: World, bucket: Bucket) -> int:
+    return _own_tokens(world, bucket) * config.model.model_dim * _element(config, world)
+
+
+def _trained_bytes(config: RunConfig) -> int:
+    """One number for each trained weight, in the type that the optimiser works in."""
+    exact = estimate.exact_parameters(config.model) if config.adapter == "full" else 0
+    return (trainable_parameters(config) - exact) * STATE_BYTES[config.optimizer.kind] + exact * FP32
+
+
+def _weights(config: RunConfig, world: World) -> float:
+    """A frozen base lies in the compute type, but for what stays in fp32."""
+    whole = _trained_bytes(config)
+    if config.adapter != "full":
+        exact = estimate.exact_parameters(config.model)
+        whole += (estimate.parameters(config.model) - exact) * _element(config, world) + exact * FP32
+    return whole / world.weight_shards
+
+
+def _gradients(config: RunConfig, world: World) -> float:
+    """Shards. An adapter's are summed up whole over a step's clips and reduced with the last of them."""
+    whole = _trained_bytes(config)
+    batch = config.train.batch_size
+    accumulates = batch is None or batch > world.data_parallel
+    return whole / world.weight_shards + (whole if accumulates and config.adapter != "full" else 0)
+
+
+def _gathered(config: RunConfig, world: World) -> float:
+    """Unsharded copies: blocks in turn, and the root's few weights all the time."""
+    model, element = config.model, _element(config, world)
+    block, block_exact = estimate.visual_block_parameters(model), estimate.visual_block_exact_parameters(model)
+    root, root_exact = estimate.root_parameters(model), estimate.root_exact_parameters(model)
+    size = GATHERED_BLOCKS * (element * (block - block_exact) + FP32 * block_exact)
+    size += element * (root - root_exact) + FP32 * root_exact
+    if config.adapter == "full":
+        size += GRADIENT_BLOCKS * block * element + REDUCED_BLOCKS * block * FP32
+    return size
+
+
+def _kept(config: RunConfig, world: World, bucket: Bucket, recompute: Recompute) -> float:
+    """What all blocks keep between forward and backward, at its most: when the backward begins."""
+    model, unit = config.model, _unit(config, world, bucket)
+    heads = model.num_heads / world.context
+    lse_and_map = bucket.tokens * heads * FP32  # the log-sum-exp is fp32
+    if model.is_sparse:
+        side = _blocks_a_side(bucket)
+        lse_and_map += heads * side * math.ceil(side / MAP_WORD) * 4
+    attention = ATTENTION_UNITS * unit + lse_and_map
+    ff = KEPT_FF * _own_tokens(world, bucket) * model.ff_dim * _element(config, world)
+    everything = (KEPT_UNITS * unit + ff) * _eager_factor(config, world) + lse_and_map
+    return model.num_visual_blocks * unit + recompute.attention * attention + recompute.keep * everything
+
+
+def _blocks_a_side(bucket: Bucket) -> int:
+    return math.ceil(bucket.tokens / NABLA_BLOCK**2)
+
+
+def _sparse(model: ModelConfig, world: World, bucket: Bucket) -> float:
+    if not model.is_sparse:
+        return 0
+    cells = model.num_heads / world.context * _blocks_a_side(bucket) ** 2
+    return min(LISTS * cells * LIST_BYTES, LISTS_CAP) + min(cells * FP32, MAP_CAP)
+
+
+def _validation(config: RunConfig, world: World, training: float) -> float:
+    """What sampling videos needs beyond what `training` has for its activations, which are not there then."""
+    if not config.validation.prompts:
+        return 0
+    unit = _unit(config, world, Bucket(*config.validation_shape))
+    return max(0, FORWARD_UNITS * unit * _eager_factor(config, world) - training)

@@ -1,0 +1,314 @@
+"""The Kandinsky 5 video DiT, written for training: weights and arithmetic of diffusers' `Kandinsky5Transformer3DModel`.
+
+What differs is where things are computed. A block takes its modulation as an input (so the fp32 modulation layers are
+FSDP2 groups of their own outside the compiled block), rotary tables are cosines and sines instead of 2 × 2 matrices,
+each block says what its backward recomputes, and the tokens may be shared by a context-parallel group.
+
+Shape suffixes: B clips, T H W latent frames and sides in tokens, S visual tokens, L text tokens, C channels,
+M model_dim, E head_dim / 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from k5dist.config import NABLA_BLOCK, PATCH, ModelConfig
+from k5dist.model.attention import Attention, Rope
+from k5dist.model.context import ContextGroup
+from k5dist.model.nabla import NablaParameters
+from k5dist.model.recompute import run_block
+
+# Kept in fp32 whatever the run's precision, as diffusers keeps them (`_keep_in_fp32_modules`).
+FP32_MODULES = ("time_embeddings", "modulation", "visual_modulation", "text_modulation")
+_ROPE_POSITIONS = (128, 128, 128)
+_TEXT_ROPE_POSITIONS = 1024
+
+
+def _frequencies(count: int) -> Tensor:
+    # On the CPU even where parameters are built on the meta device: no checkpoint holds these.
+    return torch.exp(-math.log(10_000.0) * torch.arange(count, dtype=torch.float32, device="cpu") / count)
+
+
+def _angles(positions: int, dim: int) -> Tensor:
+    return torch.outer(torch.arange(positions, dtype=torch.float32, device="cpu"), _frequencies(dim // 2))
+
+
+class TimeEmbedding(nn.Module):
+    freqs: Tensor
+
+    def __init__(self, model_dim: int, time_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("freqs", _frequencies(model_dim // 2), persistent=False)
+        self.in_layer = nn.Linear(model_dim, time_dim)
+        self.activation = nn.SiLU()
+        self.out_layer = nn.Linear(time_dim, time_dim)
+
+    def forward(self, time_B: Tensor) -> Tensor:
+        angles = torch.outer(time_B.float(), self.freqs)
+        return self.out_layer(self.activation(self.in_layer(torch.cat([angles.cos(), angles.sin()], dim=-1))))
+
+
+class TextEmbedding(nn.Module):
+    def __init__(self, text_dim: int, dim: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(text_dim, dim)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, text: Tensor) -> Tensor:
+        text = self.in_layer(text)
+        return self.norm(text).type_as(text)
+
+
+class VisualEmbedding(nn.Module):
+    def __init__(self, channels: int, model_dim: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(PATCH**2 * channels, model_dim)
+
+    def forward(self, x_BTHWC: Tensor) -> Tensor:
+        """[B, T, 2H, 2W, C] → [B, T, H, W, M]."""
+        batch, frames, height, width, channels = x_BTHWC.shape
+        x = x_BTHWC.reshape(batch, frames, height // PATCH, PATCH, width // PATCH, PATCH, channels)
+        return self.in_layer(x.permute(0, 1, 2, 4, 3, 5, 6).flatten(4))
+
+
+class TextRope(nn.Module):
+    args: Tensor
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("args", _angles(_TEXT_ROPE_POSITIONS, head_dim), persistent=False)
+
+    def forward(self, length: int) -> Rope:
+        angles = self.args[:length]
+        return Rope(angles.cos(), angles.sin())
+
+
+class VisualRope(nn.Module):
+    args_0: Tensor
+    args_1: Tensor
+    args_2: Tensor
+
+    def __init__(self, axes_dims: Sequence[int]) -> None:
+        super().__init__()
+        for axis, (dim, positions) in enumerate(zip(axes_dims, _ROPE_POSITIONS, strict=True)):
+            self.register_buffer(f"args_{axis}", _angles(positions, dim), persistent=False)
+
+    def forward(self, tokens_THW: Sequence[int], scale_factor: Sequence[float]) -> Tensor:
+        """Angles [T, H, W, E], fp32."""
+        tables = (self.args_0, self.args_1, self.args_2)
+        for size, table in zip(tokens_THW, tables, strict=True):
+            assert size <= len(table), f"{size} tokens on an axis of {len(table)} positions"
+        scaled = [table[:size] / factor for table, size, factor in zip(tables, tokens_THW, scale_factor, strict=True)]
+        frames, height, width = tokens_THW
+        return torch.cat(
+            [
+                scaled[0][:, None, None].expand(-1, height, width, -1),
+                scaled[1][None, :, None].expand(frames, -1, width, -1),
+                scaled[2][None, None].expand(frames, height, -1, -1),
+            ],
+            dim=-1,
+        )
+
+
+class Modulation(nn.Module):
+    def __init__(self, time_dim: int, model_dim: int, num_params: int) -> None:
+        super().__init__()
+        self.activation = nn.SiLU()
+        self.out_layer = nn.Linear(time_dim, num_params * model_dim)
+
+    def forward(self, time_BC: Tensor) -> Tensor:
+        return self.out_layer(self.activation(time_BC))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int, ff_dim: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(dim, ff_dim, bias=False)
+        self.activation = nn.GELU()
+        self.out_layer = nn.Linear(ff_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(self.activation(self.in_layer(x)))
+
+
+def _modulated(norm: nn.Module, x_BSM: Tensor, shift_B1M: Tensor, scale_B1M: Tensor) -> Tensor:
+    return (norm(x_BSM.float()) * (scale_B1M + 1.0) + shift_B1M).type_as(x_BSM)
+
+
+def _gated(x_BSM: Tensor, gate_B1M: Tensor, out_BSM: Tensor) -> Tensor:
+    return (x_BSM.float() + gate_B1M * out_BSM.float()).type_as(x_BSM)
+
+
+class TextBlock(nn.Module):
+    """Self-attention and feed-forward over the text's tokens; `modulation` is what `text_modulation` returned."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        dim = model.model_dim
+        self.text_modulation = Modulation(model.time_dim, dim, 6)
+        self.self_attention_norm = nn.LayerNorm(dim, elementwise_affine=False)
+        self.self_attention = Attention(dim, model.head_dim)
+        self.feed_forward_norm = nn.LayerNorm(dim, elementwise_affine=False)
+        self.feed_forward = FeedForward(dim, model.ff_dim)
+
+    def forward(self, x_BLM: Tensor, modulation: Tensor, rope: Rope) -> Tensor:
+        x = x_BLM
+        shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation.float().unsqueeze(1).chunk(6, dim=-1)
+        x = _gated(x, gate, self.self_attention(_modulated(self.self_attention_norm, x, shift, scale), rope=rope))
+        return _gated(x, ff_gate, self.feed_forward(_modulated(self.feed_forward_norm, x, ff_shift, ff_scale)))
+
+
+class VisualBlock(nn.Module):
+    """Self-attention, attention to the text, feed-forward; `modulation` is what `visual_modulation` returned.
+
+    `recompute` is what the backward computes again: "none", all but attention outputs ("attention"), or "full".
+    """
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        dim = model.model_dim
+        self.recompute = "none"
+        self.visual_modulation = Modulation(model.time_dim, dim, 9)
+        self.self_attention_norm = nn.LayerNorm(dim, elementwise_affine=False)
+        self.self_attention = Attention(dim, model.head_dim)
+        self.cross_attention_norm = nn.LayerNorm(dim, elementwise_affine=False)
+        self.cross_attention = Attention(dim, model.head_dim)
+        self.feed_forward_norm = nn.LayerNorm(dim, elementwise_affine=False)
+        self.feed_forward = FeedForward(dim, model.ff_dim)
+
+    def forward(
+        self,
+        x_BSM: Tensor,
+        text_BLM: Tensor,
+        modulation: Tensor,
+        rope: Rope,
+        sparsity: NablaParameters | None,
+        num_tokens: int,
+    ) -> Tensor:
+        return run_block(self.recompute, self.compute, x_BSM, text_BLM, modulation, rope, sparsity, num_tokens)
+
+    def compute(
+        self,
+        x_BSM: Tensor,
+        text_BLM: Tensor,
+        modulation: Tensor,
+        rope: Rope,
+        sparsity: NablaParameters | None,
+        num_tokens: int,
+    ) -> Tensor:
+        x = x_BSM
+        own, cross, ff = (part.chunk(3, dim=-1) for part in modulation.float().unsqueeze(1).chunk(3, dim=-1))
+        out = _modulated(self.self_attention_norm, x, *own[:2])
+        out = self.self_attention(out, rope=rope, sparsity=sparsity, num_tokens=num_tokens)
+        x = _gated(x, own[2], out)
+        out = self.cross_attention(_modulated(self.cross_attention_norm, x, *cross[:2]), text=text_BLM)
+        x = _gated(x, cross[2], out)
+        return _gated(x, ff[2], self.feed_forward(_modulated(self.feed_forward_norm, x, *ff[:2])))
+
+
+class OutLayer(nn.Module):
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        self.modulation = Modulation(model.time_dim, model.model_dim, 2)
+        self.norm = nn.LayerNorm(model.model_dim, elementwise_affine=False)
+        self.out_layer = nn.Linear(model.model_dim, PATCH**2 * model.out_visual_dim)
+
+    def forward(self, x_BSM: Tensor, time_BC: Tensor) -> Tensor:
+        """Patches [B, S, 4C]."""
+        shift, scale = self.modulation(time_BC).float().unsqueeze(1).chunk(2, dim=-1)
+        return self.out_layer(_modulated(self.norm, x_BSM, shift, scale))
+
+
+class VideoTransformer(nn.Module):
+    """Parameters carry the names of diffusers' `Kandinsky5Transformer3DModel`, so checkpoints fit either way."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        channels = 2 * model.in_visual_dim + 1 if model.visual_cond else model.in_visual_dim
+        self.context: ContextGroup | None = None
+        self.time_embeddings = TimeEmbedding(model.model_dim, model.time_dim)
+        self.text_embeddings = TextEmbedding(model.in_text_dim, model.model_dim)
+        self.pooled_text_embeddings = TextEmbedding(model.in_text_dim2, model.time_dim)
+        self.visual_embeddings = VisualEmbedding(channels, model.model_dim)
+        self.text_rope_embeddings = TextRope(model.head_dim)
+        self.visual_rope_embeddings = VisualRope(model.axes_dims)
+        self.text_transformer_blocks = nn.ModuleList(TextBlock(model) for _ in range(model.num_text_blocks))
+        self.visual_transformer_blocks = nn.ModuleList(VisualBlock(model) for _ in range(model.num_visual_blocks))
+        self.out_layer = OutLayer(model)
+
+    def share_tokens(self, context: ContextGroup) -> None:
+        """Visual tokens are split over the group from here on (Ulysses); every rank gets the whole velocity."""
+        self.context = context
+        for block in self.visual_transformer_blocks:
+            attention = block.get_submodule("self_attention")
+            assert isinstance(attention, Attention)
+            attention.context = context
+
+    def forward(
+        self,
+        latents_BTHWC: Tensor,
+        text_BLC: Tensor,
+        pooled_BC: Tensor,
+        timestep_B: Tensor,
+        scale_factor: tuple[float, float, float],
+        sparsity: NablaParameters | None,
+    ) -> Tensor:
+        """Velocity [B, T, H, W, out_visual_dim] of the noisy latents, whose last dimension is all input channels.
+
+        Args:
+            timestep_B: 1000 σ, fp32.
+            scale_factor: RoPE's divisors along (T, H, W).
+            sparsity: NABLA's parameters for this clip's shape; dense attention without.
+        """
+        text = self.text_embeddings(text_BLC)
+        time = self.time_embeddings(timestep_B) + self.pooled_text_embeddings(pooled_BC)
+        text_rope = self.text_rope_embeddings(text.shape[1])
+        for block in self.text_transformer_blocks:
+            assert isinstance(block, TextBlock)
+            text = block(text, block.text_modulation(time), text_rope)
+        x_BTHWM = self.visual_embeddings(latents_BTHWC)
+        tokens_THW = x_BTHWM.shape[1:4]
+        angles = self.visual_rope_embeddings(tokens_THW, scale_factor)[None]
+        x, angles = (_flatten(each, sparsity is not None) for each in (x_BTHWM, angles))
+        if self.context is not None:
+            x, angles = self.context.own_tokens(x), self.context.own_tokens(angles)
+        rope = Rope(angles[0].cos(), angles[0].sin())
+        num_tokens = math.prod(tokens_THW)
+        torch._dynamo.maybe_mark_dynamic(text, 1)  # captions have many lengths, clips few shapes
+        for block in self.visual_transformer_blocks:
+            assert isinstance(block, VisualBlock)
+            x = block(x, text, block.visual_modulation(time), rope, sparsity, num_tokens)
+        patches = self.out_layer(x, time)
+        if self.context is not None:
+            patches = self.context.gather_tokens(patches, num_tokens)
+        return _unpatchify(_unflatten(patches, tokens_THW, sparsity is not None))
+
+
+def _flatten(x_BTHWC: Tensor, blocked: bool) -> Tensor:
+    """Tokens in (T, H, W) order, [B, S, C]; with `blocked`, NABLA's 8 × 8 squares of a frame one after another."""
+    if not blocked:
+        return x_BTHWC.flatten(1, 3)
+    batch, frames, height, width, channels = x_BTHWC.shape
+    n = NABLA_BLOCK
+    x = x_BTHWC.reshape(batch, frames, height // n, n, width // n, n, channels)
+    return x.transpose(3, 4).reshape(batch, -1, channels)
+
+
+def _unflatten(x_BSC: Tensor, tokens_THW: Sequence[int], blocked: bool) -> Tensor:
+    frames, height, width = tokens_THW
+    if not blocked:
+        return x_BSC.unflatten(1, (frames, height, width))
+    n = NABLA_BLOCK
+    x = x_BSC.unflatten(1, (frames, height // n, width // n, n, n))
+    return x.transpose(3, 4).reshape(len(x_BSC), frames, height, width, -1)
+
+
+def _unpatchify(x_BTHWC: Tensor) -> Tensor:
+    """[B, T, H, W, 4C] → [B, T, 2H, 2W, C]; a token's channels are (C, 2, 2), as diffusers' output layer has them."""
+    batch, frames, height, width, _ = x_BTHWC.shape
+    x = x_BTHWC.reshape(batch, frames, height, width, -1, PATCH, PATCH)
+    return x.permute(0, 1, 2, 5, 3, 6, 4).reshape(batch, frames, PATCH * height, PATCH * width, -1)

@@ -1,0 +1,86 @@
+"""Shapes of clips: which frames and sides the VAE, the patches and NABLA take, presets, and the tokens they make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from k5dist.schema import ConfigError
+
+SD_RESOLUTIONS = ((512, 512), (512, 768), (768, 512))
+HD_RESOLUTIONS = ((1024, 1024), (640, 1408), (1408, 640), (768, 1280), (1280, 768), (896, 1152), (1152, 896))
+RESOLUTION_PRESETS = {"sd": SD_RESOLUTIONS, "hd": HD_RESOLUTIONS}
+VAE_TIME_COMPRESSION = 4
+VAE_SPACE_COMPRESSION = 8
+PATCH = 2
+NABLA_BLOCK = 8  # a NABLA block is 8 × 8 tokens of one latent frame
+SIDE_UNIT = VAE_SPACE_COMPRESSION * PATCH
+NABLA_SIDE_UNIT = SIDE_UNIT * NABLA_BLOCK
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Clips of one shape, in pixels and frames."""
+
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Latent frames, height and width."""
+        time = (self.frames - 1) // VAE_TIME_COMPRESSION + 1
+        return time, self.height // VAE_SPACE_COMPRESSION, self.width // VAE_SPACE_COMPRESSION
+
+    @property
+    def tokens(self) -> int:
+        time, height, width = self.latent_shape
+        return time * (height // PATCH) * (width // PATCH)
+
+    def __str__(self) -> str:
+        return f"{self.frames}×{self.height}×{self.width}"
+
+
+def parse_resolution(key: str, value: str | tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """`[height, width]`, `"512x768"` (height × width) or a preset's name, as a tuple of (height, width)."""
+    if isinstance(value, str):
+        if value in RESOLUTION_PRESETS:
+            return RESOLUTION_PRESETS[value]
+        sides = value.lower().split("x")
+        if len(sides) == 2 and all(side.isdigit() for side in sides):
+            return ((int(sides[0]), int(sides[1])),)
+    elif len(value) == 2:
+        return ((int(value[0]), int(value[1])),)
+    rule = f"[height, width] in pixels, or a preset: {', '.join(RESOLUTION_PRESETS)}"
+    raise ConfigError(key, value, rule, f"{key}=[512,768]")
+
+
+def default_resolution(resolutions: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+    """The model cards' own example among a preset's resolutions, else the first."""
+    return next((r for r in resolutions if r in ((512, 768), (768, 1280))), resolutions[0])
+
+
+def check_num_frames(key: str, frames: int) -> None:
+    if frames < 1 or (frames - 1) % VAE_TIME_COMPRESSION:
+        below = max(1, (frames - 1) // VAE_TIME_COMPRESSION * VAE_TIME_COMPRESSION + 1)
+        rule = "the VAE keeps the first frame and compresses the others in time by 4: frames must be 4k + 1"
+        raise ConfigError(key, frames, rule, f"{key}={below} or {key}={below + VAE_TIME_COMPRESSION}")
+
+
+def check_sides(key: str, height: int, width: int) -> None:
+    rule = f"sides must be multiples of {SIDE_UNIT} pixels (VAE 8 × patch 2)"
+    _check_multiples(key, height, width, SIDE_UNIT, rule)
+
+
+def check_nabla_sides(key: str, height: int, width: int) -> None:
+    rule = f"NABLA attention works on blocks of 8 × 8 tokens: sides must be multiples of {NABLA_SIDE_UNIT} pixels"
+    _check_multiples(key, height, width, NABLA_SIDE_UNIT, rule)
+
+
+def _check_multiples(key: str, height: int, width: int, unit: int, rule: str) -> None:
+    if height < unit or width < unit or height % unit or width % unit:
+        near = f"[{_nearest_multiple(height, unit)},{_nearest_multiple(width, unit)}]"
+        raise ConfigError(key, [height, width], rule, f"{key}={near}")
+
+
+def _nearest_multiple(value: int, unit: int) -> int:
+    return max(unit, round(value / unit) * unit)

@@ -1,0 +1,65 @@
+"""One optimiser step: forward and backward over a step's clips, clipping, update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from k5dist.cache.keys import seed_of
+from k5dist.model.forward import Text
+from k5dist.plan import RunPlan
+from k5dist.train.feed import Step, TextStore
+from k5dist.train.objective import Clip, Objective
+from k5dist.train.optimiser import learning_rate, set_learning_rate, trainable_parameters
+from k5dist.train.parallelise import set_gradient_sync
+
+
+@dataclass
+class TrainStep:
+    """What a step works with. The benchmark times this very thing."""
+
+    plan: RunPlan
+    transformer: nn.Module
+    optimiser: torch.optim.Optimizer
+    objective: Objective
+    texts: TextStore | None  # for captions that are dropped; None where none ever is
+
+    def __post_init__(self) -> None:
+        self.parameters = list(trainable_parameters(self.transformer).values())
+
+    def update(self, step: Step, number: int) -> tuple[float, float]:
+        """Take optimiser step `number` (from 1 on): the batch's mean loss and the gradient's norm before clipping.
+
+        Returns when the device is done: the step's one synchronisation, so that its time is the step's.
+        """
+        config, world = self.plan.config, self.plan.world
+        set_learning_rate(self.optimiser, learning_rate(config.optimizer, number, config.train.steps))
+        # What is not drawn by a clip's own key (an adapter's dropout, say) is a function of step and worker; workers
+        # that share a clip draw alike.
+        torch.manual_seed(seed_of(config.train.seed, "step", number - 1, dist.get_rank() // world.context))
+        total = torch.zeros((), device=self.objective.device)
+        scale = world.data_parallel / step.num_real  # FSDP2 averages over data-parallel (× context) workers
+        for i, (clip, weight) in enumerate(step.clips):
+            set_gradient_sync(self.transformer, last=i == len(step.clips) - 1, full=config.adapter == "full")
+            loss = self.objective.training_loss(self.transformer, clip, self._text(step, clip), step.epoch)
+            (loss * (weight * scale)).backward()
+            total += loss.detach() * weight
+        norm = nn.utils.clip_grad_norm_(self.parameters, config.optimizer.max_grad_norm)
+        # Stochastic rounding draws for a shard, alike on its replicas.
+        torch.manual_seed(seed_of(config.train.seed, "update", number, dist.get_rank() % world.weight_shards))
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        dist.all_reduce(total)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        loss, norm_value = torch.stack([total / (step.num_real * world.context), norm.to(total.dtype)]).tolist()
+        return loss, norm_value
+
+    def _text(self, step: Step, clip: Clip) -> Text:
+        text = clip.text
+        if self.texts is not None and self.objective.drops_caption(clip.key, step.epoch):
+            text = self.texts.get("")
+        return text.to(self.objective.device, self.objective.dtype)
