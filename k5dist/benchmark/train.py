@@ -33,7 +33,7 @@ from k5dist.model.dit import VideoTransformer
 from k5dist.model.forward import Text
 from k5dist.model.transformer import adapt, allocate
 from k5dist.model.weights import is_adapter
-from k5dist.train.feed import Step
+from k5dist.train.feed import Step, pinned
 from k5dist.train.objective import Clip, Objective
 from k5dist.train.optimiser import make_optimiser, trained_dtype
 from k5dist.train.parallelise import compute_dtype, make_mesh, parallelise
@@ -65,7 +65,7 @@ def measure(benchmark: Benchmark, device: torch.device) -> dict[str, Any]:
         if number == settings.warmup + 1 and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
-        losses.append(work.update(make_step(clip, plan.batch_size), number)[0])
+        losses.append(work.update(make_step(clip, plan.batch_size, number), number)[0])
         seconds.append(time.perf_counter() - started)
     peak = peak_memory(device)
     kept = measured_density(work, clip) if config.model.is_sparse and benchmark.loop == "k5dist" else 1.0
@@ -140,14 +140,17 @@ def make_clip(benchmark: Benchmark) -> Clip:
 
     shape = (*benchmark.bucket.latent_shape, config.model.in_visual_dim)
     length = benchmark.settings.text_tokens
-    text = Text(noise(1, length, config.model.in_text_dim), noise(1, config.model.in_text_dim2))
-    mean, logvar = noise(*shape), noise(*shape) - 4
+    tensors = {"qwen": noise(1, length, config.model.in_text_dim), "clip": noise(1, config.model.in_text_dim2)}
+    tensors |= {"mean": noise(*shape), "logvar": noise(*shape) - 4}
+    tensors = pinned(tensors, benchmark.plan.world.device == "cuda")
+    text, mean, logvar = Text(tensors["qwen"], tensors["clip"]), tensors["mean"], tensors["logvar"]
     first = (mean[:1], logvar[:1]) if config.flavour.task == "i2v" else (None, None)
     return Clip(f"clip-{group}", mean, logvar, *first, text)
 
 
-def make_step(clip: Clip, num_real: int) -> Step:
-    return Step(epoch=0, batch=0, last_of_epoch=False, clips=[(clip, 1.0)], num_real=num_real, waited=0.0)
+def make_step(clip: Clip, num_real: int, number: int) -> Step:
+    """Step `number` sees the clip in an epoch of its own: with other noise at another σ."""
+    return Step(epoch=number, batch=0, last_of_epoch=False, clips=[(clip, 1.0)], num_real=num_real, waited=0.0)
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
@@ -170,7 +173,7 @@ def profile_step(work: TrainStep, clip: Clip, number: int, device: torch.device)
     activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
     with profile(activities=[activity]) as trace:
         started = time.perf_counter()
-        work.update(make_step(clip, work.plan.batch_size), number)
+        work.update(make_step(clip, work.plan.batch_size, number), number)
         seconds = time.perf_counter() - started
     if device.type == "cuda":
         return shares_of(device_work(trace), seconds)

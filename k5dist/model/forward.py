@@ -23,7 +23,7 @@ class Text:
     clip_1D: Tensor
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Text:
-        return Text(self.qwen_1LD.to(device, dtype), self.clip_1D.to(device, dtype))
+        return Text(*(x.to(device, non_blocking=True).to(dtype) for x in (self.qwen_1LD, self.clip_1D)))
 
 
 def rope_scale_factor(height: int, width: int) -> tuple[float, float, float]:

@@ -11,13 +11,17 @@ P pairs of (batch, head), flattened.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+jit: Any = triton.jit  # untyped: a launch takes more than the function's parameters
 
-@triton.jit
+
+@jit
 def _mean_kernel(x, means, stride_b, stride_s, stride_h, D: tl.constexpr):
     """Mean of a block's 64 rows, in fp32."""
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -29,7 +33,7 @@ def _mean_kernel(x, means, stride_b, stride_s, stride_h, D: tl.constexpr):
     tl.store(means + entry.to(tl.int64) * D + columns, tl.sum(tile, 0) * 0.015625)
 
 
-@triton.jit
+@jit
 def _row_product_kernel(x, y, out, stride_xb, stride_xs, stride_xh, stride_yb, stride_ys, stride_yh, D: tl.constexpr):
     """The inner product of each row of x with the same row of y, in fp32."""
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -43,7 +47,7 @@ def _row_product_kernel(x, y, out, stride_xb, stride_xs, stride_xh, stride_yb, s
     tl.store(out + entry.to(tl.int64) * 64 + tl.arange(0, 64), tl.sum(x_tile * y_tile, 1))
 
 
-@triton.jit(do_not_specialize=["first_row"])
+@jit(do_not_specialize=["first_row"])
 def _keep_kernel(
     scores, window, words, first_row, num_blocks, num_words, scale, dropped, SIZE: tl.constexpr, WORDS: tl.constexpr
 ):
@@ -72,7 +76,7 @@ def _keep_kernel(
     tl.store(words + word, packed | near, mask=word < num_words)
 
 
-@triton.jit
+@jit
 def _store_list(flags, index, entry, lists, starts, num_blocks, span, PASSES: tl.constexpr):
     """The indices whose flag is set, ascending, and where each range of `span` blocks begins among them."""
     lists += entry.to(tl.int64) * num_blocks
@@ -82,7 +86,7 @@ def _store_list(flags, index, entry, lists, starts, num_blocks, span, PASSES: tl
         tl.store(starts + step, tl.sum(tl.where(index < step * span, flags, 0), 0))
 
 
-@triton.jit
+@jit
 def _row_list_kernel(
     words, lists, starts, num_blocks, num_words, span, WORDS: tl.constexpr, PASSES: tl.constexpr
 ):  # fmt: skip
@@ -94,7 +98,7 @@ def _row_list_kernel(
     _store_list(flags, tl.arange(0, WORDS * 32), entry, lists, starts, num_blocks, span, PASSES)
 
 
-@triton.jit
+@jit
 def _column_list_kernel(
     words, lists, starts, num_blocks, num_words, span, SIZE: tl.constexpr, PASSES: tl.constexpr
 ):  # fmt: skip

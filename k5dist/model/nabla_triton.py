@@ -2,7 +2,7 @@
 
 One program owns one block of 64 rows of one head and walks the blocks its list names, in ascending order, so every sum
 has one fixed order: results are the same to the bit from run to run. No atomics, no tuning at run time; `DEFAULTS`
-holds what `python -m k5dist.benchmark.nabla` found, by kernel and head_dim.
+holds the variants that the compiler's reports and machine code speak for; `python -m k5dist.benchmark nabla` times all.
 
 Shape suffixes: B batch, S tokens, H heads, D head_dim, N blocks of 64 tokens, W = ceil(N / 32) words of a row's bits,
 P pairs of (batch, head), flattened.
@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 import triton
@@ -26,6 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from k5dist.model.nabla_blocks_triton import block_lists, row_products
 
+jit: Any = triton.jit  # untyped: a launch takes more than the function's parameters
 LOG2E = math.log2(math.e)
 # Without a running maximum, exp2 of the logits themselves is exact as long as nothing leaves fp32's range: with logits
 # (base 2) within ±80 a row's sum stays below 2^98 and its largest term above 2^-80, far from 2^127 and 2^-126; bf16,
@@ -69,7 +71,7 @@ DEFAULTS = {
 }
 
 
-@triton.jit
+@jit
 def _tile(x, row, column, stride, D: tl.constexpr, TMA: tl.constexpr):
     """The [64, D] tile at (row, column) of a matrix that is a tensor descriptor or a pointer."""
     if TMA:
@@ -80,19 +82,19 @@ def _tile(x, row, column, stride, D: tl.constexpr, TMA: tl.constexpr):
     return tile
 
 
-@triton.jit
+@jit
 def _partial(scratch, entry, D: tl.constexpr):
     """Where a block's running [64, D] sum stands between passes."""
     return scratch + (entry * 64 + tl.arange(0, 64)[:, None]) * D + tl.arange(0, D)[None, :]
 
 
-@triton.jit
+@jit
 def _start(scratch, entry, D: tl.constexpr, FIRST: tl.constexpr):
     """The running sum as the pass before left it."""
     return tl.zeros((64, D), tl.float32) if FIRST else tl.load(_partial(scratch, entry, D))
 
 
-@triton.jit
+@jit
 def _attend(  # noqa: PLR0915 - a kernel's body: calls inside the loop hide what the compiler sees
     q, k, v, out, lse, lists, starts, scratch, state, block, local, pair, active, num_heads, num_blocks, step,
     stride_q, stride_k, stride_v, scale, D: tl.constexpr, PASSES: tl.constexpr, TMA: tl.constexpr,
@@ -158,7 +160,7 @@ def _attend(  # noqa: PLR0915 - a kernel's body: calls inside the loop hide what
         tl.store(lse + (pair.to(tl.int64) * num_blocks + block) * 64 + rows, peak + tl.log2(total))
 
 
-@triton.jit(do_not_specialize=["first_pair", "num_heads", "num_blocks", "step"])
+@jit(do_not_specialize=["first_pair", "num_heads", "num_blocks", "step"])
 def forward_kernel(
     q, k, v, out, lse, lists, starts, scratch, state, unsafe, first_pair, num_heads, num_blocks, step,
     stride_q, stride_k, stride_v, scale, D: tl.constexpr, PASSES: tl.constexpr, TMA: tl.constexpr,
@@ -174,7 +176,7 @@ def forward_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["first_pair", "num_heads", "num_blocks"])
+@jit(do_not_specialize=["first_pair", "num_heads", "num_blocks"])
 def forward_online_kernel(
     q, k, v, out, lse, lists, starts, unsafe, first_pair, num_heads, num_blocks, stride_q, stride_k, stride_v, scale,
     D: tl.constexpr, PASSES: tl.constexpr, TMA: tl.constexpr,
@@ -191,7 +193,7 @@ def forward_online_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["first_pair", "num_heads", "num_blocks", "step"])
+@jit(do_not_specialize=["first_pair", "num_heads", "num_blocks", "step"])
 def dkdv_kernel(
     q, k, v, grad, dk, dv, lse, delta, lists, starts, scratch, state, first_pair, num_heads, num_blocks, step,
     stride_q, stride_k, stride_v, stride_grad, scale, scale_out, D: tl.constexpr, PASSES: tl.constexpr,
@@ -240,7 +242,7 @@ def dkdv_kernel(
         tl.store(dv + to, dv_acc.to(dv.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["first_pair", "num_heads", "num_blocks", "step"])
+@jit(do_not_specialize=["first_pair", "num_heads", "num_blocks", "step"])
 def dq_kernel(
     q, k, v, grad, dq, lse, delta, lists, starts, scratch, first_pair, num_heads, num_blocks, step,
     stride_q, stride_k, stride_v, stride_grad, scale, scale_out, D: tl.constexpr, PASSES: tl.constexpr,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from torch import Tensor
 
 from k5dist import storage
 from k5dist.cache import layout
@@ -27,7 +28,8 @@ _KEPT_TEXTS = 1024
 class TextStore:
     """Encoded captions by text; the few that are in use are kept in memory."""
 
-    def __init__(self, cache_uri: str, encoding: layout.TextEncoding) -> None:
+    def __init__(self, cache_uri: str, encoding: layout.TextEncoding, *, pin: bool) -> None:
+        self.pin = pin
         self.store = layout.captions(cache_uri, encoding)
         table = self.store.index()
         self.places = dict(zip(table.column("key").to_pylist(), places(table), strict=True))
@@ -45,7 +47,7 @@ class TextStore:
                 f"the cache holds no text features of {caption[:60]!r} (encoding {self.store.uri.rsplit('/', 1)[-1]})"
             )
             raise ConfigError("stages", caption[:60], rule, "run with precache among the stages")
-        tensors = self.store.read(self.places[key])
+        tensors = pinned(self.store.read(self.places[key]), self.pin)
         text = Text(tensors["qwen"][None], tensors["clip"][None])
         self._kept[key] = text
         if len(self._kept) > _KEPT_TEXTS:
@@ -65,6 +67,7 @@ class Dataset:
     train_rows: list[int]
     held_out_rows: list[int]
     texts: TextStore
+    pin: bool  # tensors in page-locked memory, from where a GPU takes them while it computes
 
     @classmethod
     def open(cls, plan: RunPlan, encoding: layout.TextEncoding) -> Dataset:
@@ -83,11 +86,12 @@ class Dataset:
         train, kept = split_held_out(keys, held_out)
         buckets = list(zip(*sides, strict=True))
         captions = table.column("caption").to_pylist()
-        texts = TextStore(cache_uri, encoding)
-        return cls(store, places(table), keys, buckets, captions, train, kept, texts)
+        pin = plan.world.device == "cuda"
+        texts = TextStore(cache_uri, encoding, pin=pin)
+        return cls(store, places(table), keys, buckets, captions, train, kept, texts, pin)
 
     def read(self, row: int) -> Clip:
-        tensors = self.store.read(self.places[row])
+        tensors = pinned(self.store.read(self.places[row]), self.pin)
         return Clip(
             self.keys[row],
             tensors["mean"],
@@ -114,6 +118,10 @@ class Dataset:
             name = "×".join(map(str, bucket))
             rule = f"a batch holds clips of one bucket, and the largest ({name}) has {count} training clips"
             raise ConfigError("train.batch_size", batch_size, rule, f"train.batch_size={count} or less, or more clips")
+
+
+def pinned(tensors: dict[str, Tensor], pin: bool) -> dict[str, Tensor]:
+    return {name: tensor.pin_memory() for name, tensor in tensors.items()} if pin else tensors
 
 
 def _selected(table: pa.Table, plan: RunPlan) -> pa.Table:

@@ -83,7 +83,8 @@ class Objective:
             assert clip.first_mean_1HWC is not None and clip.first_logvar_1HWC is not None
             first = (*where, "first") if draw else None
             noisy[:1] = self._latents(clip.first_mean_1HWC, clip.first_logvar_1HWC, first)
-        timestep = torch.tensor([TRAIN_TIMESTEPS * sigma], device=self.device, dtype=torch.float32)
+        # Filled, not copied: a copy from the host's ordinary memory would wait for all that the device has to do.
+        timestep = torch.full((1,), TRAIN_TIMESTEPS * sigma, device=self.device, dtype=torch.float32)
         velocity = predict_velocity(
             transformer, self.model, noisy[None].to(self.dtype), self.first_frame, timestep, text
         )[0]
@@ -92,9 +93,9 @@ class Objective:
 
     def _latents(self, mean: Tensor, logvar: Tensor, where: tuple[object, ...] | None) -> Tensor:
         """Scaled latents, fp32: a keyed draw of the posterior, or its mean where `where` is None."""
-        mean = mean.to(self.device, torch.float32)
+        mean = mean.to(self.device, non_blocking=True).float()
         if where is not None:
-            deviation = (0.5 * logvar.to(self.device, torch.float32).clamp(-30, 20)).exp()
+            deviation = (0.5 * logvar.to(self.device, non_blocking=True).float().clamp(-30, 20)).exp()
             mean = mean + deviation * self._noise(mean.shape, where)
         return mean * self.scaling_factor
 

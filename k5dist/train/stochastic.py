@@ -26,27 +26,39 @@ class StochasticAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
+            scalars: dict[int, Tensor] = {}  # by the number of updates: one copy to the device for all weights
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    # Counted on the CPU: reading it must not wait for the device.
+                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                state["step"] += 1
+                count = int(state["step"])
+                if count not in scalars:
+                    scalars[count] = _scalars(group, count, parameter.device)
+                self._update(parameter, parameter.grad, scalars[count])
 
-    def _update(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, parameter: nn.Parameter, gradient: Tensor, scalars: Tensor) -> None:
         state = self.state[parameter]
-        if not state:
-            # Counted on the CPU: reading it must not wait for the device.
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        state["step"] += 1
-        count, (beta1, beta2), rate = int(state["step"]), group["betas"], group["lr"]
-        scalars = [1 - beta1, 1 - beta2, 1 - rate * group["weight_decay"]]
-        scalars += [rate / (1 - beta1**count), (1 - beta2**count) ** -0.5, group["eps"]]
         tensors = [
             _local(tensor).view(-1) for tensor in (parameter.detach(), gradient, state["exp_avg"], state["exp_avg_sq"])
         ]
         if tensors[0].numel():
             update = _compiled_update if tensors[0].is_cuda else adamw_update
             weight, grad, mean, square = tensors
-            update(weight, grad, mean, square, torch.tensor(scalars, dtype=torch.float32, device=weight.device))
+            update(weight, grad, mean, square, scalars)
+
+
+def _scalars(group: dict[str, Any], count: int, device: torch.device) -> Tensor:
+    """What `adamw_update` takes, on the device, without waiting for it."""
+    (beta1, beta2), rate = group["betas"], group["lr"]
+    values = [1 - beta1, 1 - beta2, 1 - rate * group["weight_decay"]]
+    values += [rate / (1 - beta1**count), (1 - beta2**count) ** -0.5, group["eps"]]
+    scalars = torch.tensor(values, dtype=torch.float32)
+    return scalars.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else scalars
 
 
 def _local(tensor: Tensor) -> Tensor:
