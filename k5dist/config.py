@@ -152,6 +152,7 @@ class TrainConfig:
     precision: str
     activation_checkpointing: str
     compile: bool
+    attention: str
     timestep_mean: float
     timestep_std: float
     timestep_shift: float | None
@@ -163,6 +164,7 @@ class TrainConfig:
             positive("train.batch_size", self.batch_size)
         positive("train.timestep_std", self.timestep_std)
         one_of("train.precision", self.precision, ("bf16", "fp32"))
+        one_of("train.attention", self.attention, ("auto", "flash3", "flash4"))
         one_of("train.activation_checkpointing", self.activation_checkpointing, CHECKPOINTING)
         if not 0 <= self.caption_dropout <= 1:
             rule = "a probability, 0 ≤ p ≤ 1"

@@ -161,7 +161,8 @@ def _run_identity(config: RunConfig) -> dict[str, Any]:
     everything = config.to_mapping()
     keys = ("model", "adapter", "lora", "train", "optimizer")
     # These change how fast a step is, not what it computes (but for rounding).
-    train = {k: v for k, v in everything["train"].items() if k not in ("activation_checkpointing", "compile")}
+    speed = ("activation_checkpointing", "compile", "attention")
+    train = {key: value for key, value in everything["train"].items() if key not in speed}
     return {key: everything[key] for key in keys} | {
         "train": train,
         "held_out": config.data.held_out,

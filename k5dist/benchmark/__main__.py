@@ -6,6 +6,7 @@ stored as JSON.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -20,8 +21,9 @@ from k5dist.benchmark.settings import Benchmark, BenchmarkSettings, plan_benchma
 from k5dist.compose import compose
 from k5dist.config import ConfigError, RunConfig
 from k5dist.console import say, show_table
+from k5dist.plan import RunPlan
 
-COMMANDS = ("train", "nabla")
+COMMANDS = ("train", "load", "nabla")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -32,10 +34,10 @@ def main(arguments: Sequence[str]) -> int:
         time_kernels(rest)
         return 0
     try:
-        if command != "train":
+        if command not in COMMANDS:
             rule = f"one of {', '.join(COMMANDS)}"
             raise ConfigError("command", command, rule, "python -m k5dist.benchmark train +flavour=t2v-tiny")
-        return train(rest)
+        return load(rest) if command == "load" else train(rest)
     except ConfigError as error:
         sys.stderr.write(error.block() + "\n")
         return 2
@@ -46,9 +48,7 @@ def train(overrides: Sequence[str]) -> int:
     from k5dist.benchmark.density import with_density
     from k5dist.hardware import local_facts
 
-    plain: Any = OmegaConf.to_container(compose(list(overrides), "benchmark"), resolve=True)
-    settings = BenchmarkSettings.from_mapping(plain.pop("benchmark"))
-    config = RunConfig.from_mapping({str(key): value for key, value in plain.items() if key != "hydra"})
+    config, settings = _configure(overrides)
     plan = with_density(plan_benchmark(config, settings, local_facts(config.cluster)), settings.density)
     loops = ["k5dist"] if settings.baseline == "none" else ["k5dist", settings.baseline]
     results = []
@@ -59,12 +59,48 @@ def train(overrides: Sequence[str]) -> int:
             return 1
         results.append(result)
         show_table(loop, _rows(result))
-    out = Path(settings.out or f"k5dist-benchmark-{config.flavour.name}.json")
-    report = {"command": ["python -m k5dist.benchmark train", *overrides], "config": plan.config.to_mapping()}
+    _store("train", overrides, plan, settings, results)
+    return 0
+
+
+def load(overrides: Sequence[str]) -> int:
+    """Time a checkpoint's way from storage into the shards of all workers."""
+    from k5dist.benchmark.load import write_checkpoint
+    from k5dist.hardware import local_facts
+
+    config, settings = _configure(overrides)
+    plan = plan_benchmark(config, settings, local_facts(config.cluster))
+    if settings.checkpoint is not None:
+        folder = write_checkpoint(plan.config.model, Path(settings.checkpoint))
+        plan = dataclasses.replace(plan, pretrained=str(folder))
+    result = _gang(Benchmark(plan, settings, "load"))
+    if result is None:
+        return 1
+    shard, growth = result["shard_gib"], result["host_growth_gib"]
+    rows = [("checkpoint", f"{plan.pretrained}: {result['checkpoint_gib']:.2f} GiB")]
+    rows.append(
+        ("time", f"{result['seconds']:.1f} s ({result['checkpoint_gib'] / result['seconds']:.2f} GiB a second)")
+    )
+    rows.append(("host memory", f"{growth:.2f} GiB at most, for a shard of {shard:.2f}"))
+    show_table("load", rows)
+    _store("load", overrides, plan, settings, [result])
+    return 0
+
+
+def _configure(overrides: Sequence[str]) -> tuple[RunConfig, BenchmarkSettings]:
+    plain: Any = OmegaConf.to_container(compose(list(overrides), "benchmark"), resolve=True)
+    settings = BenchmarkSettings.from_mapping(plain.pop("benchmark"))
+    return RunConfig.from_mapping({str(key): value for key, value in plain.items() if key != "hydra"}), settings
+
+
+def _store(
+    command: str, overrides: Sequence[str], plan: RunPlan, settings: BenchmarkSettings, results: list[dict[str, Any]]
+) -> None:
+    out = Path(settings.out or f"k5dist-benchmark-{plan.config.flavour.name}.json")
+    report = {"command": [f"python -m k5dist.benchmark {command}", *overrides], "config": plan.config.to_mapping()}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report | {"results": results}, indent=2) + "\n")
     say(f"figures: {out}")
-    return 0
 
 
 def _gang(benchmark: Benchmark) -> dict[str, Any] | None:

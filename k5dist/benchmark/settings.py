@@ -26,6 +26,7 @@ class BenchmarkSettings:
     density: float
     baseline: str
     profile: bool
+    checkpoint: str | None
     out: str | None
 
     @classmethod
@@ -49,7 +50,7 @@ class Benchmark:
 
     plan: RunPlan
     settings: BenchmarkSettings
-    loop: str  # k5dist or diffusers
+    loop: str  # k5dist, diffusers or load
 
     def to_json(self) -> str:
         body = {"plan": json.loads(self.plan.to_json()), "settings": dataclasses.asdict(self.settings)}

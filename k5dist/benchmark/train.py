@@ -25,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from k5dist import memory
 from k5dist.benchmark.baseline import build_baseline
 from k5dist.benchmark.density import measured_density
+from k5dist.benchmark.load import time_loading
 from k5dist.benchmark.settings import Benchmark
 from k5dist.benchmark.shares import device_work, operator_shares, shares_of
 from k5dist.config import RunConfig
@@ -44,7 +45,7 @@ from k5dist.train.worker import start_process_group
 def main(benchmark_path: str, result_path: str) -> int:
     benchmark = Benchmark.from_json(Path(benchmark_path).read_text())
     device = start_process_group(benchmark.plan)
-    result = measure(benchmark, device)
+    result = time_loading(benchmark, device) if benchmark.loop == "load" else measure(benchmark, device)
     if dist.get_rank() == 0:
         Path(result_path).write_text(json.dumps(result))
     dist.barrier()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from k5dist.config import ConfigError
 from k5dist.model.context import ContextGroup
 from k5dist.model.nabla import NablaParameters, nabla_attention, nabla_map
 
@@ -27,12 +28,32 @@ _FLASH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend
 # In order of preference. cuDNN's kernels are the fastest for long sequences on Hopper, but build a plan for every
 # shape, so the many lengths of a text's keys are not for them.
 _SELF_KERNELS = [SDPBackend.CUDNN_ATTENTION, *_FLASH]
-_CROSS_KERNELS = _FLASH
+_FLASH_PACKAGES = {"flash3": "FA3", "flash4": "FA4"}
 
 
-def dense_attention(query_BSHD: Tensor, key_BSHD: Tensor, value_BSHD: Tensor) -> Tensor:
+def prefer_flash(transformer: nn.Module, version: str) -> None:
+    """Let dense attention run FlashAttention 3 or 4 from its own package, in place of cuDNN.
+
+    Raises ConfigError when the package is not there or this torch does not know it.
+    """
+    from torch.nn import attention
+
+    try:
+        attention.activate_flash_attention_impl(_FLASH_PACKAGES[version])
+    except (ImportError, AttributeError, ValueError, RuntimeError) as error:
+        rule = f"its package must be installed, with CUDA kernels ({type(error).__name__}: {error})"
+        raise ConfigError("train.attention", version, rule, "train.attention=auto") from error
+    for module in transformer.modules():
+        if isinstance(module, Attention):
+            module.kernels = _FLASH
+
+
+def dense_attention(
+    query_BSHD: Tensor, key_BSHD: Tensor, value_BSHD: Tensor, kernels: list[SDPBackend] = _SELF_KERNELS
+) -> Tensor:
+    """By the first of `kernels` that can; queries to as many keys, or to a text's."""
     q, k, v = (x.transpose(1, 2) for x in (query_BSHD, key_BSHD, value_BSHD))
-    kernels = _SELF_KERNELS if q.shape[2] == k.shape[2] else _CROSS_KERNELS
+    kernels = kernels if q.shape[2] == k.shape[2] else _FLASH
     with sdpa_kernel(kernels, set_priority=True):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
@@ -45,6 +66,11 @@ def rotate(x_BSHD: Tensor, rope: Rope) -> Tensor:
     return rotated.flatten(-2).to(torch.bfloat16).type_as(x_BSHD)
 
 
+def _normed(norm: nn.RMSNorm, x_BSHD: Tensor) -> Tensor:
+    """In fp32; a bf16 weight beside an fp32 input would miss the fused kernel."""
+    return F.rms_norm(x_BSHD.float(), norm.normalized_shape, norm.weight.float(), norm.eps).type_as(x_BSHD)
+
+
 class Attention(nn.Module):
     """Multi-head attention with RMS-normed queries and keys; over a context-parallel group where it has one."""
 
@@ -52,6 +78,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = head_dim
         self.context: ContextGroup | None = None
+        self.kernels = _SELF_KERNELS
         self.to_query = nn.Linear(dim, dim)
         self.to_key = nn.Linear(dim, dim)
         self.to_value = nn.Linear(dim, dim)
@@ -79,20 +106,25 @@ class Attention(nn.Module):
         query = self.to_query(x_BSM).unflatten(-1, (-1, self.head_dim))
         key = self.to_key(source).unflatten(-1, (-1, self.head_dim))
         value = self.to_value(source).unflatten(-1, (-1, self.head_dim))
-        query = self.query_norm(query.float()).type_as(query)
-        key = self.key_norm(key.float()).type_as(key)
+        query, key = _normed(self.query_norm, query), _normed(self.key_norm, key)
         if rope is not None:
             query, key = rotate(query, rope), rotate(key, rope)
         if self.context is None:
-            out = attend(query, key, value, sparsity)
+            out = attend(query, key, value, sparsity, self.kernels)
         else:
             query, key, value = (self.context.heads_for_tokens(x, num_tokens) for x in (query, key, value))
-            out = self.context.tokens_for_heads(attend(query, key, value, sparsity))
+            out = self.context.tokens_for_heads(attend(query, key, value, sparsity, self.kernels))
         return self.out_layer(out.flatten(-2))
 
 
-def attend(query_BSHD: Tensor, key_BSHD: Tensor, value_BSHD: Tensor, sparsity: NablaParameters | None) -> Tensor:
+def attend(
+    query_BSHD: Tensor,
+    key_BSHD: Tensor,
+    value_BSHD: Tensor,
+    sparsity: NablaParameters | None,
+    kernels: list[SDPBackend] = _SELF_KERNELS,
+) -> Tensor:
     if sparsity is None:
-        return dense_attention(query_BSHD, key_BSHD, value_BSHD)
+        return dense_attention(query_BSHD, key_BSHD, value_BSHD, kernels)
     blocks = nabla_map(query_BSHD, key_BSHD, sparsity)
     return nabla_attention(query_BSHD, key_BSHD, value_BSHD, blocks)

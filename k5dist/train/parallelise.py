@@ -9,6 +9,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from k5dist.config import TrainConfig
 from k5dist.estimate import Recompute
+from k5dist.model.attention import prefer_flash
 from k5dist.model.context import ContextGroup
 from k5dist.model.dit import FP32_MODULES, VideoTransformer, VisualBlock
 from k5dist.plan import World
@@ -31,6 +32,8 @@ def parallelise(transformer: VideoTransformer, mesh: DeviceMesh, train: TrainCon
     """Context parallelism, recomputation, compilation, sharding, in that order and in place; weights may be on meta."""
     if mesh["context"].size() > 1:
         transformer.share_tokens(ContextGroup.of(mesh["context"].get_group()))
+    if train.attention != "auto":
+        prefer_flash(transformer, train.attention)
     set_recompute(transformer, recompute)
     if train.compile and mesh.device_type == "cuda":
         compile_blocks(transformer)

@@ -27,8 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from k5dist.cache.keys import seed_of, unit_interval
 from k5dist.compose import compose, to_run_config
-from k5dist.config import LoraConfig, ModelConfig, OptimizerConfig, TrainConfig
-from k5dist.model.attention import attend, dense_attention
+from k5dist.config import ConfigError, LoraConfig, ModelConfig, OptimizerConfig, TrainConfig
+from k5dist.model.attention import attend, dense_attention, prefer_flash
 from k5dist.model.dit import FP32_MODULES, VideoTransformer
 from k5dist.model.encoders import TextEncoders, VideoAutoencoder, text_encoding
 from k5dist.model.forward import Text, predict_velocity, rope_scale_factor
@@ -236,6 +236,11 @@ def test_self_attention_is_computed_again_only_where_it_is_not_kept(tiny_t2v: Pa
         velocity.sum().backward()
     assert calls.count((48, 48)) == times * len(blocks)
     assert calls.count((48, 5)) == (1 if recompute == "none" else 2) * len(blocks), "cross-attention is cheap"
+
+
+def test_a_missing_flash_package_is_the_users_to_install(tiny_t2v: Path) -> None:
+    with pytest.raises(ConfigError, match="its package must be installed"):
+        prefer_flash(our_model(tiny_t2v), "flash4")
 
 
 # Sparse attention

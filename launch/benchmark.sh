@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# The measurements of docs/performance.md, again on this machine: launch/benchmark.sh one|two [folder] [name…]
+# `one` needs one GPU with 140 GiB, `two` needs two; every figure lands as JSON in the folder (default: benchmarks).
+set -uo pipefail
+cd "$(dirname "$0")/.."
+gpus=${1:?one or two} out=${2:-benchmarks}
+shift $(($# < 2 ? $# : 2))
+wanted=("$@")
+mkdir -p "$out"
+failed=0
+SD="data.num_frames=121 data.resolution=[512,768]"
+HD="data.resolution=[768,1280]"
+
+measure() { # name, seconds at most, command…
+    local name=$1 limit=$2
+    shift 2
+    if ((${#wanted[@]})) && [[ " ${wanted[*]} " != *" $name "* ]]; then return; fi
+    echo "== $name"
+    local start=$SECONDS
+    timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$out/$name.log" || { failed=1 && echo "$name: failed"; }
+    echo "== $name took $((SECONDS - start)) s"
+}
+train() { # name, seconds at most, overrides…
+    local name=$1 limit=$2
+    shift 2
+    measure "$name" "$limit" python3 -m k5dist.benchmark train "$@" "benchmark.out=$out/$name.json"
+}
+
+# shellcheck disable=SC2086  # the sizes are two words
+if [[ $gpus == one ]]; then
+    measure nabla-kernels 300 python3 -m k5dist.benchmark nabla --out "$out/nabla-kernels.json"
+    train pro-hd-block 240 +flavour=t2v-pro-sft-5s-hd data.num_frames=121 $HD lora.rank=32 benchmark.blocks=1 \
+        benchmark.density=0.2 benchmark.baseline=diffusers
+    train lite-full 420 +flavour=t2v-lite-sft-5s adapter=full $SD benchmark.baseline=diffusers
+    train lite-lora 240 +flavour=t2v-lite-sft-5s $SD train.activation_checkpointing=full
+else
+    train pro-lora 300 +flavour=t2v-pro-sft-5s-hd model.attention_type=regular lora.rank=32 $SD
+    train pro-full 420 +flavour=t2v-pro-sft-5s-hd model.attention_type=regular adapter=full \
+        optimizer.kind=adamw_bf16 $SD
+    train pro-10s-hd 420 +flavour=t2v-pro-sft-10s-hd $HD lora.rank=32 parallel.context=2 benchmark.steps=1 \
+        benchmark.warmup=1 benchmark.profile=false
+    measure pro-load 420 python3 -m k5dist.benchmark load +flavour=t2v-pro-sft-5s-hd \
+        "benchmark.checkpoint=$out/checkpoint" "benchmark.out=$out/pro-load.json"
+    rm -rf "$out/checkpoint"
+fi
+exit $failed
