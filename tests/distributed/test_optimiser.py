@@ -1,4 +1,4 @@
-"""Full fine-tunes with weights and moments in bf16: they learn as fp32 ones do, go on exactly, and copies stay copies."""
+"""Full fine-tunes with weights and moments in bf16: they learn as fp32 ones do, and go on to the bit where stopped."""
 
 import contextlib
 import itertools
@@ -96,16 +96,16 @@ def _train_and_compare(rank: int, plan_path: str, folder: str) -> None:
             trainer.train_step(step)
         tensors = trainer.tensors()
         tensors["optimizer"] = {f"{n} {key}": each for n, s in tensors["optimizer"].items() for key, each in s.items()}
-        differing, moved = [], 0
+        differing = []
         for name, tensor in [*tensors["model"].items(), *tensors["optimizer"].items()]:
-            own = _local(tensor).contiguous().view(torch.uint8)
+            own = _local(tensor).reshape(-1).view(torch.uint8)
             both = [torch.empty_like(own) for _ in range(2)]
             dist.all_gather(both, own)
             if not torch.equal(*both):
                 differing.append(name)
         moved = sum(not torch.equal(_local(each), before[name]) for name, each in tensors["model"].items())
         if rank == 0:
-            torch.save((differing, moved, len(before)), Path(folder) / "compared.pt")
+            torch.save((differing, len(before) - moved), Path(folder) / "compared.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -118,6 +118,6 @@ def test_replicas_stay_equal_to_the_bit(root: Path, tiny_t2v: Path, tmp_path: Pa
     plan = make_run(root, tiny_t2v, "replicas", *IN_BF16, "parallel.replicate=2", workers=2)
     assert (plan.world.shard, plan.world.replicate) == (1, 2)
     mp.spawn(_train_and_compare, (plan.plan_uri, str(tmp_path)), nprocs=2)
-    differing, moved, count = torch.load(tmp_path / "compared.pt")
-    assert moved > 0.9 * count, "the workers saw other clips"
+    differing, unmoved = torch.load(tmp_path / "compared.pt")
+    assert unmoved == 0
     assert differing == []
