@@ -152,6 +152,7 @@ class TrainConfig:
     precision: str
     activation_checkpointing: str
     compile: bool
+    float8: bool
     attention: str
     timestep_mean: float
     timestep_std: float
@@ -164,6 +165,9 @@ class TrainConfig:
             positive("train.batch_size", self.batch_size)
         positive("train.timestep_std", self.timestep_std)
         one_of("train.precision", self.precision, ("bf16", "fp32"))
+        if self.float8 and self.precision != "bf16":
+            rule = "float8 products belong to a bf16 model"
+            raise ConfigError("train.float8", True, rule, "train.precision=bf16 or train.float8=false")
         one_of("train.attention", self.attention, ("auto", "flash3", "flash4"))
         one_of("train.activation_checkpointing", self.activation_checkpointing, CHECKPOINTING)
         if not 0 <= self.caption_dropout <= 1:

@@ -37,6 +37,8 @@ else
     train pro-lora 300 +flavour=t2v-pro-sft-5s-hd model.attention_type=regular lora.rank=32 $SD
     train pro-full 420 +flavour=t2v-pro-sft-5s-hd model.attention_type=regular adapter=full \
         optimizer.kind=adamw_bf16 $SD
+    train pro-lora-float8 300 +flavour=t2v-pro-sft-5s-hd model.attention_type=regular lora.rank=32 $SD \
+        train.float8=true
     train pro-10s-hd 420 +flavour=t2v-pro-sft-10s-hd $HD lora.rank=32 parallel.context=2 benchmark.steps=1 \
         benchmark.warmup=1 benchmark.profile=false
     measure pro-load 420 python3 -m k5dist.benchmark load +flavour=t2v-pro-sft-5s-hd \

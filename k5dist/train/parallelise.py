@@ -12,6 +12,7 @@ from k5dist.estimate import Recompute
 from k5dist.model.attention import prefer_flash
 from k5dist.model.context import ContextGroup
 from k5dist.model.dit import FP32_MODULES, VideoTransformer, VisualBlock
+from k5dist.model.float8 import use_float8
 from k5dist.plan import World
 
 # Graphs a block may have (buckets × recomputation × training and validation); dynamo's default of 8 is soon reached.
@@ -34,6 +35,8 @@ def parallelise(transformer: VideoTransformer, mesh: DeviceMesh, train: TrainCon
         transformer.share_tokens(ContextGroup.of(mesh["context"].get_group()))
     if train.attention != "auto":
         prefer_flash(transformer, train.attention)
+    if train.float8:
+        use_float8(transformer.visual_transformer_blocks, mesh.device_type)
     set_recompute(transformer, recompute)
     if train.compile and mesh.device_type == "cuda":
         compile_blocks(transformer)

@@ -61,6 +61,13 @@ def test_twenty_steps_give_the_golden_losses(tmp_path: Path, name: str) -> None:
     assert found == pytest.approx(json.loads(golden.read_text())["losses"], rel=RTOL)
 
 
+def test_float8_follows_bf16(tmp_path: Path) -> None:
+    bf16 = losses(tmp_path / "bf16.json", *CASES["pro-dense-lora"])
+    float8 = losses(tmp_path / "float8.json", *CASES["pro-dense-lora"], "train.float8=true")
+    assert float8 != bf16
+    assert float8 == pytest.approx(bf16, rel=2e-2)
+
+
 @pytest.mark.parametrize("name", ["pro-nabla-lora", "pro-dense-lora"])
 def test_two_gpus_that_share_a_clip_give_the_losses_of_one(tmp_path: Path, name: str) -> None:
     needs_two_gpus()
