@@ -14,7 +14,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from k5dist.config import ConfigError, ModelConfig, RunConfig
+from k5dist.config import ModelConfig, RunConfig
 from k5dist.model.dit import FP32_MODULES
 from k5dist.model.nabla import NablaParameters
 from k5dist.model.transformer import adapt
@@ -62,9 +62,6 @@ def build_baseline(config: RunConfig, mesh: DeviceMesh, dtype: torch.dtype) -> S
     """On the meta device, adapted, compiled, recomputed and sharded."""
     from accelerate import init_empty_weights
 
-    if mesh["context"].size() > 1:
-        rule = "diffusers has no context parallelism for this model"
-        raise ConfigError("benchmark.baseline", "diffusers", rule, "parallel.context=1")
     with init_empty_weights(include_buffers=False):
         transformer = StockTransformer(config.model)
     lora = config.lora if config.adapter == "lora" else None

@@ -31,10 +31,10 @@ def with_density(plan: RunPlan, density: float) -> RunPlan:
     time, height, width = plan.buckets[0].latent_shape
     window = nabla_parameters(model, (time, height // PATCH, width // PATCH), torch.device("cpu")).window_NW
     share = float(density_of(window[None, None], window.shape[0]))
-    if density <= share:
+    if density < share:
         rule = f"the sliding-tile window alone keeps {share:.1%} of this clip's blocks"
-        raise ConfigError("benchmark.density", density, rule, f"benchmark.density={share + 0.1:.2f}")
-    model = dataclasses.replace(model, attention_P=(density - share) / (1 - share))
+        raise ConfigError("benchmark.density", density, rule, f"benchmark.density={min(1.0, share + 0.1):.2f}")
+    model = dataclasses.replace(model, attention_P=(density - share) / (1 - share) if share < 1 else 0.0)
     return dataclasses.replace(plan, config=dataclasses.replace(plan.config, model=model))
 
 

@@ -69,6 +69,9 @@ class Benchmark:
 
 def plan_benchmark(config: RunConfig, settings: BenchmarkSettings, facts: ClusterFacts) -> RunPlan:
     """The run's own plan for one bucket (the validation videos' resolution), one clip a data-parallel group."""
+    if settings.baseline == "diffusers" and config.parallel.context > 1:
+        rule = "diffusers has no context parallelism for this model"
+        raise ConfigError("benchmark.baseline", settings.baseline, rule, "parallel.context=1")
     model = config.model
     if settings.blocks is not None:
         model = dataclasses.replace(model, num_visual_blocks=settings.blocks)

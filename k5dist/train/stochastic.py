@@ -93,4 +93,5 @@ def round_by_chance(x: Tensor, dtype: torch.dtype) -> Tensor:
     assert dtype == torch.bfloat16, "the upper half of an fp32"
     bits = x.view(torch.int32)
     noise = torch.randint_like(bits, 1 << 16)
-    return ((bits + noise) & -(1 << 16)).view(torch.float32).to(dtype)
+    rounded = ((bits + noise) & -(1 << 16)).view(torch.float32)
+    return torch.where(x.isnan(), x, rounded).to(dtype)  # a GPU's NaN has all bits set: noise would make it a zero

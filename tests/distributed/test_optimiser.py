@@ -22,7 +22,7 @@ from tests.distributed.test_training import continued
 
 pytestmark = pytest.mark.timeout(300)
 
-NEAR = 1e-3
+NEAR = 3e-3  # 6e-4 was measured; weights that stay as they are would be off by 0.3 at step 6
 FULL = ("adapter=full", "train.precision=bf16", "optimizer.lr=3e-3")
 IN_BF16 = (*FULL, "optimizer.kind=adamw_bf16")
 SAVING = ("checkpoint.every=4", "checkpoint.keep=2")
@@ -35,9 +35,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(root: Path, tiny_t2v: Path) -> list[tuple[RunPlan, Result]]:
-    """On two workers, with bf16 weights and moments and with fp32 ones."""
-    plans = [make_run(root, tiny_t2v, "bf16", *IN_BF16, *SAVING, workers=2)]
-    plans.append(make_run(root, tiny_t2v, "fp32", *FULL, workers=2))
+    """With bf16 weights and moments and with fp32 ones."""
+    plans = [make_run(root, tiny_t2v, "bf16", *IN_BF16, *SAVING), make_run(root, tiny_t2v, "fp32", *FULL)]
     return list(zip(plans, train(*plans), strict=True))
 
 
@@ -66,7 +65,7 @@ def test_what_is_saved_is_bf16_and_goes_on_to_the_bit(
             entry = metadata[key.format(name)]
             assert isinstance(entry, TensorStorageMetadata)
             assert entry.properties.dtype == dtype, key.format(name)
-    (resumed,) = train(continued(plan, make_run(root, tiny_t2v, "resumed", *IN_BF16, *SAVING, workers=2), [4]))
+    (resumed,) = train(continued(plan, make_run(root, tiny_t2v, "resumed", *IN_BF16, *SAVING), [4]))
     assert resumed.events("resumed")[0]["step"] == 4
     assert resumed.losses == {step: undisturbed.losses[step] for step in (5, 6)}
     assert resumed.norms == {step: undisturbed.norms[step] for step in (5, 6)}
