@@ -34,7 +34,7 @@ __all__ = [  # with those constants of shapes that the model reads from here
 ]
 
 STAGES = ("plan", "precache", "train", "validate", "export")
-CHECKPOINTING = ("auto", "none", "attention", "full")  # from `none` on, each needs less memory than the one before
+CHECKPOINTING = ("auto", "linear", "attention", "full")  # from `linear` on, each needs less memory than the one before
 RECOMMENDED_GUIDANCE = (2.0, 6.0)
 
 

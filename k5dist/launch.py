@@ -109,7 +109,7 @@ def _count(number: int) -> str:
 def _recompute(plan: RunPlan) -> str:
     """What of the blocks stays in memory between forward and backward, and who said so."""
     blocks, keep, attention = plan.config.model.num_visual_blocks, plan.recompute.keep, plan.recompute.attention
-    parts = [f"everything kept in {keep}"] if keep else []
+    parts = [f"matrix products kept in {keep}"] if keep else []
     parts += [f"attention outputs kept in {attention}"] if attention else []
     said = ", ".join(parts) + f" of {blocks} blocks" if parts else f"all {blocks} blocks from their inputs"
     return f"{said} ({plan.config.train.activation_checkpointing})"

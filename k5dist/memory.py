@@ -39,20 +39,21 @@ REDUCED_BLOCKS = 1
 
 # Units that one block's backward needs at its peak, recomputed activations included. Measured: 49.8 GiB at the peak of
 # Pro LoRA r32, 121×512×768 on two H200, compiled, full recomputation; less weights, block inputs and gathered blocks
-# about 6.5 GiB remain, which are 17.5 to 18 units.
-WORKING_UNITS = 17.7
-# Units beyond its input that a block keeps which recomputes nothing (normed inputs, q, k, v of both attentions, their
-# outputs), and tensors of ff_dim a token. A count of what a compiled block saves; to be calibrated.
-KEPT_UNITS = 12
-KEPT_FF = 2
+# about 6.5 GiB remain, which are 17.5 to 18 units. With all weights trained, every layer's input is live as well: 25 by
+# a count of the compiled block's saved tensors, to be calibrated.
+WORKING_UNITS = {"lora": 17.7, "full": 25.0}
+# Units beyond its input that a block keeps which recomputes no matrix product, and tensors of ff_dim a token: counted on
+# a compiled block (13 units with its input); to be calibrated.
+KEPT_UNITS = 8
+KEPT_FF = 1
 ATTENTION_UNITS = 1  # the output of self-attention; arithmetic
 EAGER_FACTOR = 1.6  # without fusion fp32 intermediates stand in memory; an assumption for both of the above
 ALL_TO_ALL_UNITS = 4  # send and receive buffers where workers swap tokens for heads; an assumption
 FORWARD_UNITS = 12  # of a forward that keeps nothing (sampling validation videos); an assumption
 
-# NABLA's backward lists the kept blocks by rows and by columns, int16, made in chunks so that they stay below the cap;
-# its map is made from fp32 scores, also in chunks. Facts of the kernels.
-LISTS, LIST_BYTES, LISTS_CAP = 2, 2, 512 * MIB
+# NABLA's backward lists the kept blocks by rows and by columns, int16, in chunks of heads that stay below the cap with
+# the partial sums of their passes; its map is made from fp32 scores, also in chunks. Facts of the kernels.
+LISTS, LIST_BYTES, LISTS_CAP = 2, 2, 640 * MIB
 MAP_CAP = 256 * MIB
 MAP_WORD = 32  # blocks that one packed 4-byte word of the kept map tells of
 
@@ -98,7 +99,7 @@ def predict(config: RunConfig, world: World, bucket: Bucket, recompute: Recomput
     model = config.model
     unit = _unit(config, world, bucket)
     kept = _kept(config, world, bucket, recompute)
-    working = WORKING_UNITS * unit * _eager_factor(config, world)
+    working = WORKING_UNITS[config.adapter] * unit * _eager_factor(config, world)
     working += ALL_TO_ALL_UNITS * unit if world.context > 1 else 0
     latents = math.prod(bucket.latent_shape) * model.out_visual_dim * FP32
     tables = ROPE_TABLES * _own_tokens(world, bucket) * model.head_dim * FP32
@@ -117,7 +118,7 @@ def predict(config: RunConfig, world: World, bucket: Bucket, recompute: Recomput
 
 def policy(name: str, blocks: int) -> Recompute:
     """`train.activation_checkpointing`, but for `auto`, in all blocks."""
-    return {"none": Recompute(blocks, 0), "attention": Recompute(0, blocks), "full": Recompute(0, 0)}[name]
+    return {"linear": Recompute(blocks, 0), "attention": Recompute(0, blocks), "full": Recompute(0, 0)}[name]
 
 
 def settle(config: RunConfig, world: World, buckets: Iterable[Bucket], gpu_bytes: float) -> Recompute:

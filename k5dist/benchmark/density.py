@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -64,4 +65,6 @@ def measured_density(work: TrainStep, clip: Clip) -> float:
     for block, forward in zip(transformer.visual_transformer_blocks, compiled, strict=True):
         if forward is not None:
             block.__dict__["forward"] = forward
-    return float(torch.stack(recorder.densities).mean())
+    mean = torch.stack(recorder.densities).mean()
+    dist.all_reduce(mean)  # each context-parallel worker sees its own heads
+    return float(mean) / dist.get_world_size()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import resource
 import time
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ def time_loading(benchmark: Benchmark, device: torch.device) -> dict[str, Any]:
     plan = benchmark.plan
     config = plan.config
     mesh = make_mesh(plan.world)
+    cold = _drop_from_cache(plan.pretrained)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     dist.barrier()
     started = time.perf_counter()
@@ -61,9 +63,23 @@ def time_loading(benchmark: Benchmark, device: torch.device) -> dict[str, Any]:
         "checkpoint_gib": sum(sizes.values()) / GIB,
         "shard_gib": sum(p.numel() * p.element_size() for p in locals_) / GIB,
         "host_growth_gib": int(growth) / 2**20,
+        "cold": cold,
         "workers": dist.get_world_size(),
         "device": str(device),
     }
+
+
+def _drop_from_cache(pretrained: str) -> bool:
+    """Whether the files had to leave this machine's memory, so that reading them reads the disk."""
+    uri = component_uri(pretrained, "transformer")
+    if not storage.is_local(uri) or not hasattr(os, "posix_fadvise"):
+        return False
+    for path in Path(uri.removeprefix("file://")).iterdir():
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
+    return True
 
 
 def write_checkpoint(model: ModelConfig, folder: Path) -> Path:

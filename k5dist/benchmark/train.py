@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 from k5dist import memory
@@ -33,7 +32,7 @@ from k5dist.estimate import GIB, forward_flops, gpu_facts
 from k5dist.model.dit import VideoTransformer
 from k5dist.model.forward import Text
 from k5dist.model.transformer import adapt, allocate
-from k5dist.model.weights import is_adapter
+from k5dist.model.weights import fill_shard, is_adapter
 from k5dist.train.feed import Step, pinned
 from k5dist.train.objective import Clip, Objective
 from k5dist.train.optimiser import make_optimiser, trained_dtype
@@ -98,22 +97,25 @@ def build(benchmark: Benchmark, device: torch.device) -> nn.Module:
         adapt(transformer, lora, dtype, trained_dtype(config.optimizer))
         parallelise(transformer, mesh, config.train, plan.recompute)
     allocate(transformer, device)
-    randomise(transformer)
+    randomise(transformer, device)
     return transformer.train()
 
 
 @torch.no_grad()
-def randomise(transformer: nn.Module) -> None:
-    """Weights of a usual size: matrices N(0, 0.02²), norms 1, biases and an adapter's second factor 0."""
+def randomise(transformer: nn.Module, device: torch.device) -> None:
+    """Weights of a usual size: matrices N(0, 0.02²), norms 1, biases and an adapter's second factor 0.
+
+    Drawn whole and cut, so that every number of shards has the same ones.
+    """
     for at, (name, parameter) in enumerate(transformer.named_parameters()):
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         if parameter.ndim == 1 and "norm" in name and name.endswith("weight"):
-            local.fill_(1.0)
+            parameter.fill_(1.0)
         elif parameter.ndim == 1 or (is_adapter(name) and ".lora_B." in name):
-            local.zero_()
+            parameter.zero_()
         else:
-            generator = torch.Generator(local.device).manual_seed(at)
-            local.normal_(0.0, 0.02, generator=generator)
+            generator = torch.Generator(device).manual_seed(at)
+            whole = torch.empty(parameter.shape, device=device).normal_(0.0, 0.02, generator=generator)
+            fill_shard(parameter, lambda first, count, whole=whole: whole[first : first + count])
 
 
 def make_objective(config: RunConfig, device: torch.device) -> Objective:

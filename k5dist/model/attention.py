@@ -24,11 +24,11 @@ class Rope(NamedTuple):
     sine: Tensor
 
 
-_FLASH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+FLASH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # In order of preference. cuDNN's kernels are the fastest for long sequences on Hopper, but build a plan for every
 # shape, so the many lengths of a text's keys are not for them.
-_SELF_KERNELS = [SDPBackend.CUDNN_ATTENTION, *_FLASH]
-_FLASH_PACKAGES = {"flash3": "FA3", "flash4": "FA4"}
+DENSE = [SDPBackend.CUDNN_ATTENTION, *FLASH]
+_PACKAGES = {"flash3": "FA3", "flash4": "FA4"}
 
 
 def prefer_flash(transformer: nn.Module, version: str) -> None:
@@ -39,21 +39,20 @@ def prefer_flash(transformer: nn.Module, version: str) -> None:
     from torch.nn import attention
 
     try:
-        attention.activate_flash_attention_impl(_FLASH_PACKAGES[version])
+        attention.activate_flash_attention_impl(_PACKAGES[version])
     except (ImportError, AttributeError, ValueError, RuntimeError) as error:
         rule = f"its package must be installed, with CUDA kernels ({type(error).__name__}: {error})"
         raise ConfigError("train.attention", version, rule, "train.attention=auto") from error
     for module in transformer.modules():
         if isinstance(module, Attention):
-            module.kernels = _FLASH
+            module.kernels = FLASH
 
 
 def dense_attention(
-    query_BSHD: Tensor, key_BSHD: Tensor, value_BSHD: Tensor, kernels: list[SDPBackend] = _SELF_KERNELS
+    query_BSHD: Tensor, key_BSHD: Tensor, value_BSHD: Tensor, kernels: list[SDPBackend] = DENSE
 ) -> Tensor:
-    """By the first of `kernels` that can; queries to as many keys, or to a text's."""
+    """By the first of `kernels` that can."""
     q, k, v = (x.transpose(1, 2) for x in (query_BSHD, key_BSHD, value_BSHD))
-    kernels = kernels if q.shape[2] == k.shape[2] else _FLASH
     with sdpa_kernel(kernels, set_priority=True):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
@@ -74,11 +73,11 @@ def _normed(norm: nn.RMSNorm, x_BSHD: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head attention with RMS-normed queries and keys; over a context-parallel group where it has one."""
 
-    def __init__(self, dim: int, head_dim: int) -> None:
+    def __init__(self, dim: int, head_dim: int, kernels: list[SDPBackend] = DENSE) -> None:
         super().__init__()
         self.head_dim = head_dim
         self.context: ContextGroup | None = None
-        self.kernels = _SELF_KERNELS
+        self.kernels = kernels
         self.to_query = nn.Linear(dim, dim)
         self.to_key = nn.Linear(dim, dim)
         self.to_value = nn.Linear(dim, dim)
@@ -122,7 +121,7 @@ def attend(
     key_BSHD: Tensor,
     value_BSHD: Tensor,
     sparsity: NablaParameters | None,
-    kernels: list[SDPBackend] = _SELF_KERNELS,
+    kernels: list[SDPBackend] = DENSE,
 ) -> Tensor:
     if sparsity is None:
         return dense_attention(query_BSHD, key_BSHD, value_BSHD, kernels)

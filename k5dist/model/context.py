@@ -35,7 +35,8 @@ class ContextGroup:
         """This worker's run of the tokens, [B, ceil(S / n), C]; zeros stand where the last worker's run is short."""
         share = -(-x_BSC.shape[1] // self.size)
         own = x_BSC[:, self.rank * share : (self.rank + 1) * share]
-        return F.pad(own, (0, 0, 0, share - own.shape[1]))
+        short = share - own.shape[1]
+        return F.pad(own, (0, 0, 0, short)) if short else own
 
     def gather_tokens(self, x_BsC: Tensor, num_tokens: int) -> Tensor:
         """All tokens on every worker, [B, num_tokens, C].
@@ -54,7 +55,8 @@ class ContextGroup:
         """[B, S, h, D] → [B, s, H, D], the way back."""
         num_tokens = x_BShD.shape[1]
         share = -(-num_tokens // self.size)
-        padded = F.pad(x_BShD, (0, 0, 0, 0, 0, share * self.size - num_tokens))
+        short = share * self.size - num_tokens
+        padded = F.pad(x_BShD, (0, 0, 0, 0, 0, short)) if short else x_BShD
         x_nBshD = padded.unflatten(1, (self.size, share)).movedim(1, 0)
         return self._swap(x_nBshD).permute(1, 2, 0, 3, 4).flatten(2, 3)
 

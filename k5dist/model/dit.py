@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from k5dist.config import NABLA_BLOCK, PATCH, ModelConfig
-from k5dist.model.attention import Attention, Rope
+from k5dist.model.attention import FLASH, Attention, Rope
 from k5dist.model.context import ContextGroup
 from k5dist.model.nabla import NablaParameters
 from k5dist.model.recompute import run_block
@@ -151,7 +151,7 @@ class TextBlock(nn.Module):
         dim = model.model_dim
         self.text_modulation = Modulation(model.time_dim, dim, 6)
         self.self_attention_norm = nn.LayerNorm(dim, elementwise_affine=False)
-        self.self_attention = Attention(dim, model.head_dim)
+        self.self_attention = Attention(dim, model.head_dim, FLASH)
         self.feed_forward_norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.feed_forward = FeedForward(dim, model.ff_dim)
 
@@ -165,7 +165,8 @@ class TextBlock(nn.Module):
 class VisualBlock(nn.Module):
     """Self-attention, attention to the text, feed-forward; `modulation` is what `visual_modulation` returned.
 
-    `recompute` is what the backward computes again: "none", all but attention outputs ("attention"), or "full".
+    `recompute` is what the backward computes again: "none", all but matrix products and attention ("linear"), all but
+    self-attention ("attention"), or everything ("full").
     """
 
     def __init__(self, model: ModelConfig) -> None:
@@ -176,7 +177,7 @@ class VisualBlock(nn.Module):
         self.self_attention_norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.self_attention = Attention(dim, model.head_dim)
         self.cross_attention_norm = nn.LayerNorm(dim, elementwise_affine=False)
-        self.cross_attention = Attention(dim, model.head_dim)
+        self.cross_attention = Attention(dim, model.head_dim, FLASH)
         self.feed_forward_norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.feed_forward = FeedForward(dim, model.ff_dim)
 
@@ -189,7 +190,10 @@ class VisualBlock(nn.Module):
         sparsity: NablaParameters | None,
         num_tokens: int,
     ) -> Tensor:
-        return run_block(self.recompute, self.compute, x_BSM, text_BLM, modulation, rope, sparsity, num_tokens)
+        arguments = (x_BSM, text_BLM, modulation, rope, sparsity, num_tokens)
+        if not torch.is_grad_enabled():  # asked first: validation is one graph, whatever training recomputes
+            return self.compute(*arguments)
+        return run_block(self.recompute, self.compute, *arguments)
 
     def compute(
         self,
@@ -278,7 +282,6 @@ class VideoTransformer(nn.Module):
             x, angles = self.context.own_tokens(x), self.context.own_tokens(angles)
         rope = Rope(angles[0].cos(), angles[0].sin())
         num_tokens = math.prod(tokens_THW)
-        torch._dynamo.maybe_mark_dynamic(text, 1)  # captions have many lengths, clips few shapes
         for block in self.visual_transformer_blocks:
             assert isinstance(block, VisualBlock)
             x = block(x, text, block.visual_modulation(time), rope, sparsity, num_tokens)

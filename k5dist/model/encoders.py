@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from k5dist.cache.layout import TextEncoding
-from k5dist.config import VAE_TIME_COMPRESSION
 from k5dist.model.pretrained import component_folder
+from k5dist.model.vae import Encoder
 
 
 def to_bits(tensor: torch.Tensor) -> np.ndarray:
@@ -22,29 +22,39 @@ def to_bits(tensor: torch.Tensor) -> np.ndarray:
 
 
 class VideoAutoencoder:
-    """The HunyuanVideo VAE: 8× in space, 4× in time after the first frame."""
+    """The HunyuanVideo VAE: 8× in space, 4× in time after the first frame.
 
-    def __init__(self, pretrained: str, device: str) -> None:
+    Args:
+        pretrained: a checkpoint folder, with the VAE in `vae/`.
+        device: bf16 on CUDA, fp32 elsewhere.
+        patch_conv: encode with convolutions in smaller chunks: the same latents in less memory (`k5dist.model.vae`).
+        compile: compiled kernels between the encoder's convolutions; None: on CUDA.
+    """
+
+    def __init__(self, pretrained: str, device: str, *, patch_conv: bool = False, compile: bool | None = None) -> None:
         from diffusers import AutoencoderKLHunyuanVideo
 
         self.device = torch.device(device)
-        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        on_gpu = self.device.type == "cuda"
+        self.dtype = torch.bfloat16 if on_gpu else torch.float32
         folder = component_folder(pretrained, "vae")
         vae: Any = AutoencoderKLHunyuanVideo.from_pretrained(str(folder), torch_dtype=self.dtype, local_files_only=True)
         self.vae = vae.to(self.device).eval().requires_grad_(False)
+        self.encoder = Encoder(self.vae, patch_conv=patch_conv, compile=on_gpu if compile is None else compile)
 
-    @torch.no_grad()
     def encode(self, frames_THW3: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """uint8 RGB [T, H, W, 3] → posterior mean and log-variance [t, h, w, C], unscaled, fp32 on CPU."""
-        # Scaled in fp32: in bf16 the mid greys would lose half a level before the VAE sees them.
-        video = (torch.from_numpy(frames_THW3).to(self.device).float() / 127.5 - 1.0).to(self.dtype)
-        posterior = self.vae.encode(video.permute(3, 0, 1, 2)[None]).latent_dist
-        latent_frames = (len(frames_THW3) - 1) // VAE_TIME_COMPRESSION + 1
-        assert posterior.mean.shape[2] == latent_frames, "every frame reaches the latents"
-        mean, logvar = (x[0].permute(1, 2, 3, 0).float().cpu() for x in (posterior.mean, posterior.logvar))
+        mean, logvar = self.encode_batch(frames_THW3[None])
+        return mean[0], logvar[0]
+
+    @torch.no_grad()
+    def encode_batch(self, frames_BTHW3: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clips of one shape, [B, T, H, W, 3] → [B, t, h, w, C]; each as if it were alone, to the bit."""
+        moments = torch.stack([self.encoder(torch.from_numpy(frames).to(self.device)) for frames in frames_BTHW3])
+        mean, logvar = moments.float().cpu().chunk(2, dim=-1)
         if not (torch.isfinite(mean).all() and torch.isfinite(logvar).all()):
             raise ValueError("the VAE gave values that are not finite")
-        return mean, logvar
+        return mean.contiguous(), logvar.clamp(-30.0, 20.0)  # the range diffusers' posterior allows
 
     @torch.no_grad()
     def decode(self, latents_thwC: torch.Tensor) -> np.ndarray:

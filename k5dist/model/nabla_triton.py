@@ -292,7 +292,7 @@ def _operand(x_BSHD: Tensor) -> Tensor:
     regular = stride_d == 1 and stride_h == dim and (batch == 1 or stride_b == tokens * stride_s)
     aligned = x_BSHD.data_ptr() % 16 == 0 and stride_s * x_BSHD.element_size() % 16 == 0
     if not (regular and aligned):
-        x_BSHD = x_BSHD.contiguous()
+        x_BSHD = x_BSHD.clone(memory_format=torch.contiguous_format)  # what is only misaligned would stay as it is
         stride_s = heads * dim
     return x_BSHD.as_strided((batch * tokens, heads * dim), (stride_s, 1))
 

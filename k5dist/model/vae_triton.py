@@ -24,15 +24,15 @@ from torch import Tensor
 
 jit: Any = triton.jit  # untyped: a launch takes more than the function's parameters
 TILE = 4096  # elements of a program's tile: 32 a thread, in 16-byte loads
-PROGRAMS = 1056  # at most, of one sample's moments: eight for each of 132 SMs
+PROGRAMS = 2112  # at most, of one sample's moments: 16 for each of 132 SMs, three at a time
 SCORES = 1 << 27  # attention scores alive at once: 512 MiB in fp32
 SOFTMAX_TILE = 4096
-LOWEST = -1.0e30  # stands for −∞ where −∞ − −∞ must not become NaN
+LOWEST = tl.constexpr(-1.0e30)  # stands for −∞ where −∞ − −∞ must not become NaN
 
 
-@triton.jit(do_not_specialize=["first", "num_frames", "height", "width", "border", "rows"])
+@jit(do_not_specialize=["first", "height", "width", "border", "rows"])
 def _pad_kernel(
-    x, out, scale, shift, x_batch, first, num_frames, height, width, border, rows,
+    x, out, scale, shift, x_batch, first, height, width, border, rows,
     C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, AFFINE: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
@@ -42,7 +42,7 @@ def _pad_kernel(
     # Replication is a clamp of the place that is read, so no padded copy precedes the normalised one.
     w = tl.minimum(tl.maximum(row % wide - border, 0), width - 1)
     h = tl.minimum(tl.maximum(row // wide % high - border, 0), height - 1)
-    t = tl.minimum(tl.maximum(row // (wide * high) + first, 0), num_frames - 1)
+    t = tl.maximum(row // (wide * high) + first, 0)
     source = ((t * height + h) * width + w).to(tl.int64)
     mask = (row < rows)[:, None] & (c < C)[None, :]
     value = tl.load(x + batch * x_batch + source[:, None] * C + c[None, :], mask=mask, other=0.0)
@@ -76,7 +76,7 @@ def _sum_tile(
     return rounded.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["rows", "rows_each"])
+@jit(do_not_specialize=["rows", "rows_each"])
 def _moments_kernel(
     value, bias, residual, out, parts, value_batch, residual_batch, out_batch, rows, rows_each,
     C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
@@ -110,17 +110,17 @@ def _moments_kernel(
     tl.store(place + 2 * C, spread, mask=c < C)
 
 
-@triton.jit(do_not_specialize=["columns"])
+@jit
 def _softmax_kernel(scores, out, columns, scale, BLOCK: tl.constexpr):
-    """One row: softmax(scale · scores / log2(e)), in two passes over it."""
+    """One row: 2^(scale · scores) over its sum, in two passes."""
     row = tl.program_id(0).to(tl.int64)
     scores += row * columns
     out += row * columns
     at = tl.arange(0, BLOCK)
-    most = tl.zeros([BLOCK], tl.float32) + LOWEST_SCORE
+    most = tl.zeros([BLOCK], tl.float32) + LOWEST
     total = tl.zeros([BLOCK], tl.float32)
     for begin in range(0, columns, BLOCK):
-        logit = tl.load(scores + begin + at, mask=begin + at < columns, other=LOWEST_SCORE) * scale
+        logit = tl.load(scores + begin + at, mask=begin + at < columns, other=LOWEST) * scale
         larger = tl.maximum(most, logit)
         total = total * tl.exp2(most - larger) + tl.exp2(logit - larger)
         most = larger
@@ -128,28 +128,24 @@ def _softmax_kernel(scores, out, columns, scale, BLOCK: tl.constexpr):
     whole = tl.sum(total * tl.exp2(most - maximum), axis=0)
     for begin in range(0, columns, BLOCK):
         inside = begin + at < columns
-        logit = tl.load(scores + begin + at, mask=inside, other=LOWEST_SCORE) * scale
+        logit = tl.load(scores + begin + at, mask=inside, other=LOWEST) * scale
         tl.store(out + begin + at, (tl.exp2(logit - maximum) / whole).to(out.dtype.element_ty), mask=inside)
-
-
-LOWEST_SCORE = tl.constexpr(LOWEST)
 
 
 class TritonOperations:
     """`TorchOperations` in one pass over memory each, and attention through cuBLAS."""
 
     @staticmethod
-    def pad(
-        x_BTHWC: Tensor, affine: tuple[Tensor, Tensor] | None, *, silu: bool, frames: range, border: int
-    ) -> Tensor:
+    def pad(x_BTHWC: Tensor, affine: tuple[Tensor, Tensor] | None, *, silu: bool, frames: range, border: int) -> Tensor:
         batch, num_frames, height, width, channels = x_BTHWC.shape
+        assert frames.stop <= num_frames
         shape = (batch, len(frames), height + 2 * border, width + 2 * border, channels)
         out = x_BTHWC.new_empty(shape)
         rows, (block, tile_rows) = math.prod(shape[1:4]), _tile(channels)
         scale, shift = affine or (x_BTHWC, x_BTHWC)
         assert x_BTHWC[0].is_contiguous() and scale.is_contiguous() and shift.is_contiguous()
-        _pad_kernel[triton.cdiv(rows, tile_rows), batch](
-            x_BTHWC, out, scale, shift, x_BTHWC.stride(0), frames.start, num_frames, height, width, border, rows,
+        _pad_kernel[_divide_up(rows, tile_rows), batch](
+            x_BTHWC, out, scale, shift, x_BTHWC.stride(0), frames.start, height, width, border, rows,
             C=channels, BLOCK_C=block, ROWS=tile_rows, AFFINE=affine is not None, SILU=silu,
         )  # fmt: skip
         return out
@@ -160,8 +156,8 @@ class TritonOperations:
     ) -> Tensor:
         batch, channels = value_BTHWC.shape[0], value_BTHWC.shape[-1]
         rows, (block, tile_rows) = math.prod(value_BTHWC.shape[1:4]), _tile(channels)
-        rows_each = tile_rows * triton.cdiv(rows, tile_rows * PROGRAMS)
-        programs = triton.cdiv(rows, rows_each)
+        rows_each = tile_rows * _divide_up(rows, tile_rows * PROGRAMS)
+        programs = _divide_up(rows, rows_each)
         parts = torch.empty(batch, programs, 3, channels, device=value_BTHWC.device)
         added, stored = (value_BTHWC if x is None else x for x in (residual, out))
         assert all(x.shape == value_BTHWC.shape and x[0].is_contiguous() for x in (value_BTHWC, added, stored))
@@ -207,5 +203,9 @@ def _scores(query: Tensor, keys: Tensor) -> Tensor:
 
 def _tile(channels: int) -> tuple[int, int]:
     """(channels, rows) of a program's tile, powers of two."""
-    block = triton.next_power_of_2(channels)
+    block = 1 << (channels - 1).bit_length()
     return block, max(1, TILE // block)
+
+
+def _divide_up(a: int, b: int) -> int:
+    return -(-a // b)

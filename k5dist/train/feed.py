@@ -22,7 +22,7 @@ from k5dist.plan import RunPlan
 from k5dist.train.objective import Clip
 
 _READERS = 4
-_KEPT_TEXTS = 1024
+_KEPT_TEXTS = 128  # up to 1.8 MB each, page-locked where there is a GPU
 
 
 class TextStore:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -46,22 +48,33 @@ def parallelise(transformer: VideoTransformer, mesh: DeviceMesh, train: TrainCon
 
 
 def set_recompute(transformer: VideoTransformer, recompute: Recompute) -> None:
-    for at, block in enumerate(transformer.visual_transformer_blocks):
+    """The last blocks keep the most: when the backward begins, all that is kept is there, and they need little more."""
+    for to_come, block in enumerate(reversed(transformer.visual_transformer_blocks)):
         assert isinstance(block, VisualBlock)
-        kept = at < recompute.keep
-        block.recompute = "none" if kept else "attention" if at < recompute.keep + recompute.attention else "full"
+        linear, attention = to_come < recompute.keep, to_come < recompute.keep + recompute.attention
+        block.recompute = "linear" if linear else "attention" if attention else "full"
 
 
-def compile_blocks(transformer: VideoTransformer) -> None:
+def compile_blocks(transformer: VideoTransformer, backend: Any = "inductor") -> None:
     """Each visual block as one graph, which all of them share; text blocks are too small to be worth it.
 
     The forward is compiled, not the module: FSDP2's hooks, which gather its weights, stay outside.
     """
-    torch._dynamo.config.automatic_dynamic_shapes = False  # a graph a bucket; the text's length is marked dynamic
+    torch._dynamo.config.automatic_dynamic_shapes = False  # a graph a bucket
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.accumulated_recompile_limit = 8 * RECOMPILE_LIMIT
     for block in transformer.visual_transformer_blocks:
-        block.forward = torch.compile(block.forward, fullgraph=True)
+        block.forward = _any_text(torch.compile(block.forward, fullgraph=True, backend=backend))
+
+
+def _any_text(compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """One graph for captions of every length. Marked here: FSDP2's hooks hand a block new tensors without marks."""
+
+    def forward(x_BSM: Tensor, text_BLM: Tensor, *rest: Any) -> Tensor:
+        torch._dynamo.maybe_mark_dynamic(text_BLM, 1)
+        return compiled(x_BSM, text_BLM, *rest)
+
+    return forward
 
 
 def shard(transformer: VideoTransformer, mesh: DeviceMesh, dtype: torch.dtype) -> None:
@@ -89,7 +102,7 @@ def _order_backward(transformer: VideoTransformer) -> None:
     """What a backward gathers ahead, where modulations are frozen.
 
     FSDP2's own guess is the forward's order turned round. A frozen modulation has no backward: gathered ahead in vain,
-    it would stay whole until the end, 9 GiB of a Pro's, and keep its block from being gathered instead.
+    it would stay whole until the end, and keep the next block from being gathered instead.
     """
     if any(p.requires_grad for name, p in transformer.named_parameters() if "modulation" in name):
         return

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from k5dist.cache.keys import seed_of
@@ -48,13 +49,12 @@ class TrainStep:
             loss = self.objective.training_loss(self.transformer, clip, self._text(step, clip), step.epoch)
             (loss * (weight * scale)).backward()
             total += loss.detach() * weight
-        norm = nn.utils.clip_grad_norm_(self.parameters, config.optimizer.max_grad_norm)
+        norm = clip_gradients(self.parameters, config.optimizer.max_grad_norm)
         # Stochastic rounding draws for a shard, alike on its replicas.
         torch.manual_seed(seed_of(config.train.seed, "update", number, dist.get_rank() % world.weight_shards))
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         dist.all_reduce(total)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         loss, norm_value = torch.stack([total / (step.num_real * world.context), norm.to(total.dtype)]).tolist()
         return loss, norm_value
 
@@ -63,3 +63,20 @@ class TrainStep:
         if self.texts is not None and self.objective.drops_caption(clip.key, step.epoch):
             text = self.texts.get("")
         return text.to(self.objective.device, self.objective.dtype)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale FSDP2's sharded gradients in place to a norm of at most `max_norm`; the norm before, fp32, 0-dim.
+
+    `clip_grad_norm_` takes the norm in the gradients' own type, which for bf16 is three digits.
+    """
+    gradients = [p.grad for p in parameters if isinstance(p.grad, DTensor)]
+    assert gradients, "FSDP2 gives gradients as DTensors"
+    local = [gradient.to_local() for gradient in gradients]
+    square = torch.stack(torch._foreach_norm(local, 2, torch.float32)).square().sum()
+    mesh = gradients[0].device_mesh  # (shards), or (replicate, shards): replicas hold the same
+    dist.all_reduce(square, group=mesh.get_group(mesh.ndim - 1))
+    norm = square.sqrt()
+    torch._foreach_mul_(local, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm

@@ -1,19 +1,23 @@
-"""What FSDP2 gathers: every block once forward and once backward, and nothing in vain."""
+"""What FSDP2 gathers (every block once forward and once backward, nothing in vain), and what it leaves of a graph."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.tensor.debug import CommDebugMode
 
 from k5dist.plan import RunPlan
+from k5dist.train.parallelise import compile_blocks
 from k5dist.train.worker import build_trainer
 from tests.distributed.gangs import make_run
 
 pytestmark = pytest.mark.timeout(120)
+POLICIES = ("full", "attention", "linear", "linear")
 
 
 def _count_gathers(rank: int, plans: list[str], folder: str) -> None:
@@ -22,6 +26,8 @@ def _count_gathers(rank: int, plans: list[str], folder: str) -> None:
     counts = []
     for path in plans:
         trainer, dataset = build_trainer(RunPlan.from_json(Path(path).read_text()), torch.device("cpu"))
+        for block in trainer.transformer.get_submodule("visual_transformer_blocks").children():
+            block.recompute = "none"  # type: ignore[assignment]  (counting and recomputation do not get on)
         clip, objective = dataset.read(0), trainer.work.objective
         text = clip.text.to(objective.device, objective.dtype)
         with CommDebugMode() as forward:
@@ -40,8 +46,7 @@ def _gathers(mode: CommDebugMode) -> int:
 
 
 def test_every_group_is_gathered_once_a_pass(tmp_path: Path, tiny_t2v: Path) -> None:
-    kept = "train.activation_checkpointing=none"  # the counting mode and recomputation do not get on
-    plans = [make_run(tmp_path, tiny_t2v, name, f"adapter={name}", kept, workers=2) for name in ("lora", "full")]
+    plans = [make_run(tmp_path, tiny_t2v, name, f"adapter={name}", workers=2) for name in ("lora", "full")]
     model = plans[0].config.model
     mp.spawn(_count_gathers, ([plan.plan_uri for plan in plans], str(tmp_path)), nprocs=2)
     (lora_forward, lora_backward), (full_forward, full_backward) = json.loads((tmp_path / "counts.json").read_text())
@@ -51,3 +56,34 @@ def test_every_group_is_gathered_once_a_pass(tmp_path: Path, tiny_t2v: Path) -> 
     assert full_backward == 2 * blocks + 2
     # Frozen modulations have no backward; one is still guessed ahead, after the last block.
     assert blocks <= lora_backward <= blocks + 1
+
+
+def _count_graphs(rank: int, plan: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    trainer, dataset = build_trainer(RunPlan.from_json(Path(plan).read_text()), torch.device("cpu"))
+    transformer: Any = trainer.transformer
+    for block, policy in zip(transformer.visual_transformer_blocks, POLICIES, strict=True):
+        block.recompute = policy
+    counter = CompileCounterWithBackend("aot_eager")
+    compile_blocks(transformer, counter)
+    objective = trainer.work.objective
+    counts = []
+    for row in range(6):
+        clip = dataset.read(row)
+        text = clip.text.to(objective.device, objective.dtype)
+        objective.training_loss(transformer, clip, text, 0).backward()
+        objective.validation_loss(transformer, clip, text, 0, 2)
+        counts.append(counter.frame_count)
+    if rank == 0:
+        (Path(folder) / "graphs.json").write_text(json.dumps(counts))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_captions_of_all_lengths_share_a_graph(tmp_path: Path, tiny_t2v: Path) -> None:
+    """FSDP2's hooks hand a block new tensors: a mark on the old ones would be lost, and each length compiled anew."""
+    plan = make_run(tmp_path, tiny_t2v, "graphs", "adapter=full", workers=2)
+    mp.spawn(_count_graphs, (plan.plan_uri, str(tmp_path)), nprocs=2)
+    # One for each policy and one for validation, from the first clip on; the captions have six lengths.
+    assert json.loads((tmp_path / "graphs.json").read_text()) == [4] * 6

@@ -141,7 +141,7 @@ def test_dense_bf16_is_as_near_to_fp32_as_diffusers(flavour: str, recompute: Rec
 
 @pytest.mark.parametrize("flavour", ["t2v-lite-sft-10s", "t2v-pro-sft-5s-hd"])
 def test_nabla_bf16_is_near_the_masked_reference_in_fp32(flavour: str) -> None:
-    """The same map for both, so that what differs is arithmetic and not blocks near the threshold."""
+    """Each makes its own map, so blocks near the threshold differ, too; the bounds leave room for them."""
     model = model_config(flavour, attention_P=0.3, attention_wT=1, attention_wH=1, attention_wW=1)
     state = weights(model)
     latents, text, time = inputs(model, (5, 32, 48), 37)
@@ -203,7 +203,7 @@ def test_a_step_waits_for_the_device_once(tmp_path: Any, monkeypatch: pytest.Mon
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}.items():
         monkeypatch.setenv(key, value)
     settings = BenchmarkSettings(2, 1, 1, 64, 0.5, "none", False, None, None)
-    overrides = ["+flavour=t2v-pro-sft-5s-hd", "data.num_frames=5", "data.resolution=[256,384]", "train.compile=false"]
+    overrides = ["+flavour=t2v-pro-sft-5s-hd", "data.num_frames=5", "data.resolution=[256,384]"]
     for adapter in (["adapter=lora"], ["adapter=full", "optimizer.kind=adamw_bf16"]):
         config = to_run_config(compose([*overrides, *adapter]))
         config = dataclasses.replace(config, model=model_config("t2v-pro-sft-5s-hd"))

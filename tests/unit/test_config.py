@@ -44,7 +44,12 @@ BROKEN: list[tuple[list[str], str, Any, str]] = [
     (["lora.targets=mlp"], "lora.targets", "mlp", "attention+ffn"),
     (["precache.latents=median"], "precache.latents", "median", "sample, mode"),
     (["train.precision=fp16"], "train.precision", "fp16", "bf16, fp32"),
-    (["train.activation_checkpointing=some"], "train.activation_checkpointing", "some", "auto, none, attention, full"),
+    (
+        ["train.activation_checkpointing=some"],
+        "train.activation_checkpointing",
+        "some",
+        "auto, linear, attention, full",
+    ),
     (["train.activation_checkpointing=true"], "train.activation_checkpointing", True, "text"),
     (["optimizer.kind=adamw8"], "optimizer.kind", "adamw8", "adamw, adamw_bf16"),
     (["optimizer.schedule=linear"], "optimizer.schedule", "linear", "constant, cosine"),

@@ -61,8 +61,8 @@ def test_video_latents_equal_the_vaes(tiny_t2v: Path, frames: int, latent_frames
         posterior = vae.encode(pixels).latent_dist
     mean, logvar = VideoAutoencoder(str(tiny_t2v), "cpu").encode(video)
     assert mean.shape == logvar.shape == (latent_frames, 8, 12, 16)
-    torch.testing.assert_close(mean, posterior.mean[0].permute(1, 2, 3, 0), rtol=0, atol=1e-5)
-    torch.testing.assert_close(logvar, posterior.logvar[0].permute(1, 2, 3, 0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(mean, posterior.mean[0].permute(1, 2, 3, 0), rtol=0, atol=3e-5)
+    torch.testing.assert_close(logvar, posterior.logvar[0].permute(1, 2, 3, 0), rtol=0, atol=3e-5)
 
 
 def test_the_last_frame_reaches_the_last_latent(tiny_t2v: Path) -> None:

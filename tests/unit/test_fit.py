@@ -52,9 +52,9 @@ TOO_LARGE: list[tuple[tuple[str, ...], int, str, str]] = [
     ((*LITE, FULL), 1, SMALL, "cluster.gpus_per_node=2 parallel.context=2 or adapter=lora"),
     (("+flavour=t2v-pro-sft-10s-hd", FULL), 8, H200, "parallel.context=2 or data.num_frames=121"),
     ((*PRO, FULL, "data.num_frames=25"), 1, SMALL, "cluster.nodes="),
-    ((*LONG, f"{POLICY}=none"), 2, H200, f"parallel.context=2 {POLICY}=auto or data.num_frames=121 {POLICY}=auto"),
-    ((*PRO, f"{POLICY}=none"), 2, H200, f"{POLICY}=attention or {POLICY}=auto"),
-    ((*PRO, f"{POLICY}=none"), 2, H100, f"{POLICY}=full or {POLICY}=auto"),
+    ((*LONG, f"{POLICY}=linear"), 2, H200, f"parallel.context=2 {POLICY}=auto or data.num_frames=121 {POLICY}=auto"),
+    ((*PRO, f"{POLICY}=linear"), 2, H200, f"{POLICY}=attention or {POLICY}=auto"),
+    ((*PRO, f"{POLICY}=linear"), 2, H100, f"{POLICY}=full or {POLICY}=auto"),
     ((*LITE, f"{POLICY}=attention", "data.num_frames=181"), 1, SMALL, f"{POLICY}=full or {POLICY}=auto"),
 ]
 
@@ -83,7 +83,7 @@ def test_the_refusal_names_key_and_value_as_they_are() -> None:
         (LONG, 2, "parallel.context", 1),
         (LONG, 1, "cluster.gpus_per_node", 1),
         ((*PRO, FULL, "cluster.nodes=2"), 1, "cluster.gpus_per_node", 1),
-        ((*PRO, f"{POLICY}=none"), 2, POLICY, "none"),
+        ((*PRO, f"{POLICY}=linear"), 2, POLICY, "linear"),
     ]:
         error = refusal(*overrides, gpus=gpus)
         assert (error.key, error.value) == (key, value)
