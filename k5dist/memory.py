@@ -42,8 +42,8 @@ REDUCED_BLOCKS = 1
 # about 6.5 GiB remain, which are 17.5 to 18 units. With all weights trained, every layer's input is live as well: 25 by
 # a count of the compiled block's saved tensors, to be calibrated.
 WORKING_UNITS = {"lora": 17.7, "full": 25.0}
-# Units beyond its input that a block keeps which recomputes no matrix product, and tensors of ff_dim a token: counted on
-# a compiled block (13 units with its input); to be calibrated.
+# Units beyond its input that a block keeps which recomputes no matrix product, and tensors of ff_dim a token: counted
+# on a compiled block (13 units with its input); to be calibrated.
 KEPT_UNITS = 8
 KEPT_FF = 1
 ATTENTION_UNITS = 1  # the output of self-attention; arithmetic
