@@ -150,5 +150,7 @@ def test_the_plan_shows_what_is_kept_and_what_it_takes(
     overrides = ["+flavour=t2v-pro-sft-5s-hd", "data.resolution=[512,768]", "stages=[plan]", f"storage.root={tmp_path}"]
     assert launch(compose(overrides)) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert re.search(r"recompute matrix products kept in \d+, attention outputs kept in \d+ of 60 blocks \(auto\)", shown)
+    assert re.search(
+        r"recompute matrix products kept in \d+, attention outputs kept in \d+ of 60 blocks \(auto\)", shown
+    )
     assert re.search(r"memory a GPU about [\d.]+ of 140.4 GiB \(weights 20.4, gradients .*runtime", shown)
