@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# The measurements of docs/performance.md, again on this machine: launch/benchmark.sh one|two [folder] [name…]
-# `one` needs one GPU with 140 GiB, `two` needs two; every figure lands as JSON in the folder (default: benchmarks).
+# The measurements of docs/performance.md, again on this machine: launch/benchmark.sh one|memory|two [folder] [name…]
+# `one` and `memory` need one GPU with 140 GiB, `two` needs two; every figure lands as JSON in the folder (default:
+# benchmarks). `memory` holds a Pro of eight blocks against the plan's estimate, for each policy of recomputation.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-gpus=${1:?one or two} out=${2:-benchmarks}
+gpus=${1:?one, memory or two} out=${2:-benchmarks}
 shift $(($# < 2 ? $# : 2))
 wanted=("$@")
 mkdir -p "$out"
@@ -34,6 +35,14 @@ if [[ $gpus == one ]]; then
         benchmark.density=0.2 benchmark.baseline=diffusers
     train lite-full 420 +flavour=t2v-lite-sft-5s adapter=full $SD benchmark.baseline=diffusers
     train lite-lora 240 +flavour=t2v-lite-sft-5s $SD train.activation_checkpointing=full
+elif [[ $gpus == memory ]]; then
+    for adapter in lora full; do
+        for policy in full attention linear; do
+            train "memory-$adapter-$policy" 150 +flavour=t2v-pro-sft-5s-hd model.attention_type=regular $SD \
+                "adapter=$adapter" "train.activation_checkpointing=$policy" benchmark.blocks=8 benchmark.steps=1 \
+                benchmark.warmup=1 benchmark.profile=false
+        done
+    done
 else
     train pro-lora 300 +flavour=t2v-pro-sft-5s-hd model.attention_type=regular lora.rank=32 $SD
     train pro-full 420 +flavour=t2v-pro-sft-5s-hd model.attention_type=regular adapter=full \
