@@ -35,6 +35,7 @@ from k5dist.model.nabla import (
     unpack_bits,
 )
 from k5dist.model.weights import is_adapter
+from k5dist.train.parallelise import compile_blocks
 from tests.unit.models import (
     CPU,
     check_parity,
@@ -102,24 +103,24 @@ def test_a_block_is_one_graph_for_every_text_length(tiny_t2v: Path) -> None:
     plain, compiled = our_model(tiny_t2v), our_model(tiny_t2v)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
-        for at, block in enumerate(compiled.get_submodule("visual_transformer_blocks").children()):
-            block.recompute = ("none", "attention", "full")[at % 3]  # type: ignore[assignment]
-            block.forward = torch.compile(block.forward, fullgraph=True, backend=counter)
+    blocks: Any = compiled.get_submodule("visual_transformer_blocks")
+    for block, policy in zip(blocks, ("none", "linear", "attention", "full"), strict=True):
+        block.recompute = policy
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=8, accumulated_recompile_limit=64):
+        compile_blocks(compiled, counter)  # type: ignore[arg-type]
         for length in (9, 5, 7):
-            outs = [
-                predict_velocity(each, model, latents, False, time, random_text(length)) for each in (plain, compiled)
-            ]
+            text = random_text(length)
+            outs = [predict_velocity(each, model, latents, False, time, text) for each in (plain, compiled)]
             torch.testing.assert_close(outs[1], outs[0], rtol=0, atol=1e-5)
             for out in outs:
                 out.square().sum().backward()
-    assert counter.frame_count == 3
+    assert counter.frame_count == 4, "one a policy"
     for (name, ours), (_, reference) in zip(compiled.named_parameters(), plain.named_parameters(), strict=True):
         assert ours.grad is not None and reference.grad is not None
         assert relative(ours.grad, reference.grad) <= 1e-4 or float(reference.grad.norm()) < 1e-5, name
 
 
-@pytest.mark.parametrize(("recompute", "times"), [("none", 1), ("attention", 1), ("full", 2)])
+@pytest.mark.parametrize(("recompute", "times"), [("none", 1), ("linear", 1), ("attention", 1), ("full", 2)])
 def test_self_attention_is_computed_again_only_where_it_is_not_kept(tiny_t2v: Path, recompute: str, times: int) -> None:
     transformer, model = our_model(tiny_t2v), model_config(tiny_t2v)
     blocks = list(transformer.get_submodule("visual_transformer_blocks").children())
