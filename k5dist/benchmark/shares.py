@@ -61,6 +61,18 @@ def shares_of(work: Sequence[tuple[str, Interval]], seconds: float) -> dict[str,
     return shares | {"communication_hidden": (length(merged["communication"]) - exposed) / seconds}
 
 
+def longest_kernels(work: Iterable[tuple[str, Interval]], count: int = 40) -> list[dict[str, Any]]:
+    """The kernels that took the most time: name, kind, number of calls and milliseconds of all of them together."""
+    seconds: dict[str, list[float]] = {}
+    for name, (start, end) in work:
+        seconds.setdefault(name, []).append(end - start)
+    longest = sorted(seconds.items(), key=lambda item: -sum(item[1]))[:count]
+    return [
+        {"name": name, "kind": kind_of(name), "calls": len(each), "ms": round(1e3 * sum(each), 3)}
+        for name, each in longest
+    ]
+
+
 def device_work(profile: Any) -> list[tuple[str, Interval]]:
     """Kernels (name, start and end in seconds) of a finished `torch.profiler.profile`."""
     return [

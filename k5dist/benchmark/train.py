@@ -26,7 +26,7 @@ from k5dist.benchmark.baseline import build_baseline
 from k5dist.benchmark.density import measured_density
 from k5dist.benchmark.load import time_loading
 from k5dist.benchmark.settings import Benchmark
-from k5dist.benchmark.shares import device_work, operator_shares, shares_of
+from k5dist.benchmark.shares import device_work, longest_kernels, operator_shares, shares_of
 from k5dist.config import RunConfig
 from k5dist.estimate import GIB, forward_flops, gpu_facts
 from k5dist.model.dit import VideoTransformer
@@ -69,13 +69,14 @@ def measure(benchmark: Benchmark, device: torch.device) -> dict[str, Any]:
         seconds.append(time.perf_counter() - started)
     peak = peak_memory(device)
     kept = measured_density(work, clip) if config.model.is_sparse and benchmark.loop == "k5dist" else 1.0
-    shares = profile_step(work, clip, len(losses) + 1, device) if settings.profile else None
+    shares, kernels = profile_step(work, clip, len(losses) + 1, device) if settings.profile else (None, None)
     return {
         "loop": benchmark.loop,
         "first_step_seconds": seconds[0],
         "step_seconds": seconds[settings.warmup :],
         "losses": losses,
         "shares": shares,
+        "kernels": kernels,
         "memory": peak | {"predicted_gib": predicted(benchmark)},
         "recompute": dataclasses.asdict(plan.recompute) if benchmark.loop == "k5dist" else "everything",
         **speed(benchmark, statistics.median(seconds[settings.warmup :]), kept, device),
@@ -172,15 +173,19 @@ def predicted(benchmark: Benchmark) -> dict[str, float]:
     return shown | {"allocated": parts.allocated / GIB}
 
 
-def profile_step(work: TrainStep, clip: Clip, number: int, device: torch.device) -> dict[str, float]:
+def profile_step(
+    work: TrainStep, clip: Clip, number: int, device: torch.device
+) -> tuple[dict[str, float], list[dict[str, Any]] | None]:
+    """One more step's shares of time and, on a GPU, its longest kernels."""
     activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
     with profile(activities=[activity]) as trace:
         started = time.perf_counter()
         work.update(make_step(clip, work.plan.batch_size, number), number)
         seconds = time.perf_counter() - started
     if device.type == "cuda":
-        return shares_of(device_work(trace), seconds)
-    return operator_shares(trace, seconds)
+        kernels = device_work(trace)
+        return shares_of(kernels, seconds), longest_kernels(kernels)
+    return operator_shares(trace, seconds), None
 
 
 def speed(benchmark: Benchmark, seconds: float, density: float, device: torch.device) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from k5dist.benchmark import __main__ as command
 from k5dist.benchmark.baseline import StockTransformer
 from k5dist.benchmark.density import with_density
 from k5dist.benchmark.settings import Benchmark, BenchmarkSettings, plan_benchmark
-from k5dist.benchmark.shares import kind_of, length, shares_of, union
+from k5dist.benchmark.shares import kind_of, length, longest_kernels, shares_of, union
 from k5dist.compose import compose
 from k5dist.config import ConfigError, RunConfig
 from k5dist.model.dit import VideoTransformer
@@ -67,6 +67,18 @@ def test_an_idle_device_and_one_that_only_communicates() -> None:
     assert set(idle.values()) == {0}
     talking = shares_of([("ncclDevKernel_AllGather_RING_LL", (0.0, 2.0))], 2.0)
     assert (talking["communication"], talking["communication_hidden"], talking["idle"]) == (1, 0, 0)
+
+
+def test_the_longest_kernels_come_first() -> None:
+    work = [
+        ("nvjet_hsh_a", (0.0, 0.25)),
+        ("flash_fwd_kernel", (1.0, 1.5)),
+        ("nvjet_hsh_a", (2.0, 2.5)),
+        ("memset", (3, 3.1)),
+    ]
+    first, second = longest_kernels(work, 2)
+    assert first == {"name": "nvjet_hsh_a", "kind": "linear", "calls": 2, "ms": 750}
+    assert (second["name"], second["kind"], second["ms"]) == ("flash_fwd_kernel", "attention", 500)
 
 
 KNOWN = {
