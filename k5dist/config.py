@@ -151,6 +151,7 @@ class TrainConfig:
     seed: int
     precision: str
     activation_checkpointing: str
+    offload_gib: float
     compile: bool
     float8: bool
     attention: str
@@ -170,6 +171,9 @@ class TrainConfig:
             raise ConfigError("train.float8", True, rule, "train.precision=bf16 or train.float8=false")
         one_of("train.attention", self.attention, ("auto", "flash3", "flash4"))
         one_of("train.activation_checkpointing", self.activation_checkpointing, CHECKPOINTING)
+        if self.offload_gib < 0 or (self.offload_gib and not self.compile):
+            rule = "GiB of the host's memory a worker, 0 or more; only what compiled blocks keep can be moved there"
+            raise ConfigError("train.offload_gib", self.offload_gib, rule, "train.offload_gib=64 train.compile=true")
         if not 0 <= self.caption_dropout <= 1:
             rule = "a probability, 0 ≤ p ≤ 1"
             raise ConfigError("train.caption_dropout", self.caption_dropout, rule, "train.caption_dropout=0.1")

@@ -28,11 +28,13 @@ TEXT_TOKENS = 256
 
 @dataclass(frozen=True)
 class Recompute:
-    """What the visual blocks keep for their backward: `keep` of them everything, the next `attention` ones the outputs
-    of their self-attention, all others nothing but their input."""
+    """What the visual blocks keep for their backward: the last `keep` of them everything, the `attention` ones before
+    them the outputs of their self-attention, all others nothing but their input. What the first `offload` blocks keep
+    waits in the host's memory."""
 
     keep: int
     attention: int
+    offload: int = 0
 
 
 def _attention_parameters(model: ModelConfig) -> int:

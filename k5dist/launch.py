@@ -112,6 +112,8 @@ def _recompute(plan: RunPlan) -> str:
     parts = [f"matrix products kept in {keep}"] if keep else []
     parts += [f"attention outputs kept in {attention}"] if attention else []
     said = ", ".join(parts) + f" of {blocks} blocks" if parts else f"all {blocks} blocks from their inputs"
+    if plan.recompute.offload:
+        said += f"; what the first {plan.recompute.offload} keep waits in the host's memory"
     return f"{said} ({plan.config.train.activation_checkpointing})"
 
 

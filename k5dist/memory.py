@@ -9,7 +9,9 @@ A *unit* is one activation of model_dim a token, in the compute type, of the tok
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -37,17 +39,21 @@ GATHERED_BLOCKS = 2
 GRADIENT_BLOCKS = 2
 REDUCED_BLOCKS = 1
 
-# Units that one block's backward needs at its peak, recomputed activations included. Measured: 49.8 GiB at the peak of
-# Pro LoRA r32, 121×512×768 on two H200, compiled, full recomputation; less weights, block inputs and gathered blocks
-# about 6.5 GiB remain, which are 17.5 to 18 units. With all weights trained, every layer's input is live as well: 25 by
-# a count of the compiled block's saved tensors, to be calibrated.
-WORKING_UNITS = {"lora": 17.7, "full": 25.0}
-# Units beyond its input that a block keeps which recomputes no matrix product, and tensors of ff_dim a token: counted
-# on a compiled block (13 units with its input); to be calibrated.
-KEPT_UNITS = 8
+# Units that one block's backward needs at its peak beyond what it keeps, recomputed activations included, by what it
+# recomputes. Measured on H200 with eight blocks of Pro, 121×512×768, compiled: the peaks less weights, states, gathered
+# and kept. (With all weights trained every layer's input is live as well.)
+WORKING_UNITS = {
+    "lora": {"full": 25.9, "attention": 17.8, "linear": 6.6},
+    "full": {"full": 27.0, "attention": 19.9, "linear": 8.6},
+}
+# Units beyond its input that a block keeps which recomputes no matrix product, and tensors of ff_dim a token. Measured
+# the same way, one such block against eight.
+KEPT_UNITS = {"lora": 6.8, "full": 7.7}
 KEPT_FF = 1
 ATTENTION_UNITS = 1  # the output of self-attention; arithmetic
 EAGER_FACTOR = 1.6  # without fusion fp32 intermediates stand in memory; an assumption for both of the above
+STAGED_BLOCKS = 2  # whose kept tensors are on their way to the host or back
+HOST_SHARE = 0.9  # of the host's page-locked memory that pieces of any size fill
 ALL_TO_ALL_UNITS = 4  # send and receive buffers where workers swap tokens for heads; an assumption
 FORWARD_UNITS = 12  # of a forward that keeps nothing (sampling validation videos); an assumption
 
@@ -65,8 +71,7 @@ ROPE_TABLES = 2
 
 @dataclass(frozen=True)
 class Memory:
-    """Predicted peak bytes of one worker, by parts. Gradients are counted whole, as with accumulation they are there
-    when the second clip's backward begins; without it the peak is a little lower."""
+    """Predicted bytes of one worker at its peak, by parts."""
 
     weights: float
     gradients: float
@@ -95,17 +100,32 @@ def trainable_parameters(config: RunConfig) -> int:
 
 
 def predict(config: RunConfig, world: World, bucket: Bucket, recompute: Recompute) -> Memory:
-    """Peak memory of a worker while it trains on clips of `bucket`, keeping what `recompute` says."""
+    """Memory of a worker at the fullest moment of a backward over a clip of `bucket`, keeping what `recompute` says."""
+    moments = [_moment(config, world, bucket, recompute, block) for block in _turning_points(config.model, recompute)]
+    return max(moments, key=lambda moment: moment.total)
+
+
+def _turning_points(model: ModelConfig, recompute: Recompute) -> list[int]:
+    """Blocks at whose backward memory can be fullest: the first and last of each kind, in whatever order it goes."""
+    blocks = model.num_visual_blocks
+    starts = [0, recompute.offload, blocks - recompute.keep - recompute.attention, blocks - recompute.keep, blocks]
+    return sorted({block for start in starts for block in (start - 1, start) if 0 <= block < blocks})
+
+
+def _moment(config: RunConfig, world: World, bucket: Bucket, recompute: Recompute, block: int) -> Memory:
+    """While the backward of visual block `block` runs: what the blocks up to it keep is there, what the others kept is
+    not, and those have their gradients."""
     model = config.model
     unit = _unit(config, world, bucket)
-    kept = _kept(config, world, bucket, recompute)
-    working = WORKING_UNITS[config.adapter] * unit * _eager_factor(config, world)
+    kept = _kept(config, world, bucket, recompute, block)
+    policy = policy_of(recompute, block, model.num_visual_blocks)
+    working = WORKING_UNITS[config.adapter][policy] * unit * _eager_factor(config, world)
     working += ALL_TO_ALL_UNITS * unit if world.context > 1 else 0
     latents = math.prod(bucket.latent_shape) * model.out_visual_dim * FP32
     tables = ROPE_TABLES * _own_tokens(world, bucket) * model.head_dim * FP32
     return Memory(
         weights=_weights(config, world),
-        gradients=_gradients(config, world),
+        gradients=_gradients(config, world, model.num_visual_blocks - 1 - block),
         optimizer=2 * _trained_bytes(config) / world.weight_shards,  # two moments
         gathered=_gathered(config, world),
         kept=kept,
@@ -114,6 +134,14 @@ def predict(config: RunConfig, world: World, bucket: Bucket, recompute: Recomput
         workspace=LATENT_COPIES * latents + tables + _validation(config, world, kept + working),
         runtime=RUNTIME_BYTES if world.device == "cuda" else 0,
     )
+
+
+def policy_of(recompute: Recompute, block: int, blocks: int) -> str:
+    """What visual block `block` of `blocks` computes again: linear (the least), attention or full."""
+    to_come = blocks - 1 - block
+    if to_come < recompute.keep:
+        return "linear"
+    return "attention" if to_come < recompute.keep + recompute.attention else "full"
 
 
 def policy(name: str, blocks: int) -> Recompute:
@@ -125,21 +153,43 @@ def settle(config: RunConfig, world: World, buckets: Iterable[Bucket], gpu_bytes
     """The recomputation that a run gets: the one it asks for, or by `auto` as little as the GPU's memory allows.
 
     Greedily: attention outputs in as many blocks as fit (they are the dearest to compute again for their size), then
-    everything in as many of those as fit.
+    everything in as many of those as fit. No more is moved to the host (`train.offload_gib`) than is needed for that.
     """
     blocks, name = config.model.num_visual_blocks, config.train.activation_checkpointing
-    if name != "auto":
-        return policy(name, blocks)
     if world.device == "cpu":
-        return policy("full", blocks)
+        return policy("full" if name == "auto" else name, blocks)
     bucket, limit = largest(buckets), usable(gpu_bytes)
+    if name != "auto":
+        asked = policy(name, blocks)
+        return _offloaded(config, world, bucket, asked, limit) or asked
 
-    def fits(recompute: Recompute) -> bool:
-        return predict(config, world, bucket, recompute).total <= limit
+    def best(options: Iterable[Recompute]) -> Recompute | None:
+        return next(filter(None, (_offloaded(config, world, bucket, option, limit) for option in options)), None)
 
-    attention = max((n for n in range(blocks + 1) if fits(Recompute(0, n))), default=0)
-    keep = max((n for n in range(attention + 1) if fits(Recompute(n, attention - n))), default=0)
-    return Recompute(keep, attention - keep)
+    # A last block that keeps everything needs less at its own backward, so a few of them can make room for the others.
+    several = best(Recompute(k, n - k) for n in range(blocks, 0, -1) for k in range(min(n, 3) + 1))
+    if several is None:
+        return best([policy("full", blocks)]) or policy("full", blocks)
+    count = several.keep + several.attention
+    return best(Recompute(n, count - n) for n in range(count, -1, -1)) or several
+
+
+def _offloaded(config: RunConfig, world: World, bucket: Bucket, recompute: Recompute, limit: float) -> Recompute | None:
+    """`recompute` with as few blocks offloaded as bring it below `limit`; None where none or too many would."""
+    host, blocks = config.train.offload_gib * GIB * HOST_SHARE, config.model.num_visual_blocks
+    if predict(config, world, bucket, recompute).total <= limit:
+        return recompute
+    kept = [_kept_by(config, world, bucket, policy_of(recompute, block, blocks)) for block in range(blocks)]
+    room = sum(1 for used in itertools.accumulate(kept) if used <= host)  # blocks that the host can take
+
+    def fits(offload: int) -> bool:
+        option = dataclasses.replace(recompute, offload=offload)
+        return predict(config, world, bucket, option).total <= limit
+
+    if not room or not fits(room):
+        return None
+    fewest = 1 + bisect.bisect_left(range(1, room), True, key=fits)
+    return dataclasses.replace(recompute, offload=fewest)
 
 
 def largest(buckets: Iterable[Bucket]) -> Bucket:
@@ -182,12 +232,21 @@ def _weights(config: RunConfig, world: World) -> float:
     return whole / world.weight_shards
 
 
-def _gradients(config: RunConfig, world: World) -> float:
-    """Shards. An adapter's are summed up whole over a step's clips and reduced with the last of them."""
+def _gradients(config: RunConfig, world: World, blocks: int) -> float:
+    """Shards, when the backward is through with `blocks` visual blocks.
+
+    An adapter's are summed up whole over a step's clips and reduced with the last of them; with a second clip those of
+    all weights are there from its beginning on.
+    """
     whole = _trained_bytes(config)
     batch = config.train.batch_size
     accumulates = batch is None or batch > world.data_parallel
-    return whole / world.weight_shards + (whole if accumulates and config.adapter != "full" else 0)
+    if config.adapter != "full":
+        return whole / world.weight_shards + (whole if accumulates else 0)
+    if accumulates:
+        return whole / world.weight_shards
+    size, exact = estimate.visual_block_parameters(config.model), estimate.visual_block_exact_parameters(config.model)
+    return blocks * ((size - exact) * STATE_BYTES[config.optimizer.kind] + exact * FP32) / world.weight_shards
 
 
 def _gathered(config: RunConfig, world: World) -> float:
@@ -202,18 +261,29 @@ def _gathered(config: RunConfig, world: World) -> float:
     return size
 
 
-def _kept(config: RunConfig, world: World, bucket: Bucket, recompute: Recompute) -> float:
-    """What all blocks keep between forward and backward, at its most: when the backward begins."""
+def _kept(config: RunConfig, world: World, bucket: Bucket, recompute: Recompute, last: int) -> float:
+    """What blocks 0 to `last` keep on the GPU between forward and backward."""
+    blocks = config.model.num_visual_blocks
+    sizes = {name: _kept_by(config, world, bucket, name) for name in ("linear", "attention", "full")}
+    kept = [sizes[policy_of(recompute, block, blocks)] for block in range(last + 1)]
+    staged = sorted(kept[: recompute.offload])[-STAGED_BLOCKS:]
+    return sum(kept[recompute.offload :]) + sum(staged)
+
+
+def _kept_by(config: RunConfig, world: World, bucket: Bucket, policy: str) -> float:
+    """What one block keeps, its input included."""
     model, unit = config.model, _unit(config, world, bucket)
+    if policy == "full":
+        return unit
     heads = model.num_heads / world.context
     lse_and_map = bucket.tokens * heads * FP32  # the log-sum-exp is fp32
     if model.is_sparse:
         side = _blocks_a_side(bucket)
         lse_and_map += heads * side * math.ceil(side / MAP_WORD) * 4
-    attention = ATTENTION_UNITS * unit + lse_and_map
+    if policy == "attention":
+        return unit + ATTENTION_UNITS * unit + lse_and_map
     ff = KEPT_FF * _own_tokens(world, bucket) * model.ff_dim * _element(config, world)
-    everything = (KEPT_UNITS * unit + ff) * _eager_factor(config, world) + lse_and_map
-    return model.num_visual_blocks * unit + recompute.attention * attention + recompute.keep * everything
+    return unit + (KEPT_UNITS[config.adapter] * unit + ff) * _eager_factor(config, world) + lse_and_map
 
 
 def _blocks_a_side(bucket: Bucket) -> int:

@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from k5dist.config import NABLA_BLOCK, PATCH, ModelConfig
@@ -134,6 +135,21 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.out_layer(self.activation(self.in_layer(x)))
 
+    def added(self, x_BSM: Tensor, gate_B1M: Tensor, normed_BSM: Tensor) -> Tensor:
+        """x + gate · forward(normed).
+
+        Where weight and gate are both trained, the gate multiplies the weight instead of the product, which the gate's
+        gradient then does not ask for: the dearest layer need not be computed again. In fp32 the reference's own order
+        is kept, to the bit.
+        """
+        layer = self.out_layer
+        trained = type(layer) is nn.Linear and layer.weight.requires_grad and gate_B1M.requires_grad
+        if not trained or len(x_BSM) > 1 or x_BSM.dtype == torch.float32:
+            return _gated(x_BSM, gate_B1M, self(normed_BSM))
+        weight = (gate_B1M.flatten()[:, None] * layer.weight.float()).type_as(x_BSM)
+        out = F.linear(self.activation(self.in_layer(normed_BSM)), weight)
+        return (x_BSM.float() + out.float()).type_as(x_BSM)
+
 
 def _modulated(norm: nn.Module, x_BSM: Tensor, shift_B1M: Tensor, scale_B1M: Tensor) -> Tensor:
     return (norm(x_BSM.float()) * (scale_B1M + 1.0) + shift_B1M).type_as(x_BSM)
@@ -211,7 +227,7 @@ class VisualBlock(nn.Module):
         x = _gated(x, own[2], out)
         out = self.cross_attention(_modulated(self.cross_attention_norm, x, *cross[:2]), text=text_BLM)
         x = _gated(x, cross[2], out)
-        return _gated(x, ff[2], self.feed_forward(_modulated(self.feed_forward_norm, x, *ff[:2])))
+        return self.feed_forward.added(x, ff[2], _modulated(self.feed_forward_norm, x, *ff[:2]))
 
 
 class OutLayer(nn.Module):

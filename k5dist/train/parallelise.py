@@ -10,14 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils._pytree import tree_leaves
 
 from k5dist.config import TrainConfig
-from k5dist.estimate import Recompute
+from k5dist.estimate import GIB, Recompute
+from k5dist.memory import policy_of
 from k5dist.model.attention import prefer_flash
 from k5dist.model.context import ContextGroup
 from k5dist.model.dit import FP32_MODULES, VideoTransformer, VisualBlock
 from k5dist.model.float8 import use_float8
 from k5dist.plan import World
+from k5dist.train.offload import Offload
 
 # Graphs a block may have (buckets × recomputation × training and validation); dynamo's default of 8 is soon reached.
 RECOMPILE_LIMIT = 64
@@ -44,15 +47,18 @@ def parallelise(transformer: VideoTransformer, mesh: DeviceMesh, train: TrainCon
     set_recompute(transformer, recompute)
     if train.compile and mesh.device_type == "cuda":
         compile_blocks(transformer)
+        if recompute.offload:
+            device = torch.device("cuda", torch.cuda.current_device())
+            offload_blocks(transformer, Offload(recompute.offload, int(train.offload_gib * GIB), device))
     shard(transformer, mesh, compute_dtype(train))
 
 
 def set_recompute(transformer: VideoTransformer, recompute: Recompute) -> None:
     """The last blocks keep the most: when the backward begins, all that is kept is there, and they need little more."""
-    for to_come, block in enumerate(reversed(transformer.visual_transformer_blocks)):
+    blocks = transformer.visual_transformer_blocks
+    for number, block in enumerate(blocks):
         assert isinstance(block, VisualBlock)
-        linear, attention = to_come < recompute.keep, to_come < recompute.keep + recompute.attention
-        block.recompute = "linear" if linear else "attention" if attention else "full"
+        block.recompute = policy_of(recompute, number, len(blocks))
 
 
 def compile_blocks(transformer: VideoTransformer, backend: Any = "inductor") -> None:
@@ -75,6 +81,30 @@ def _any_text(compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return compiled(x_BSM, text_BLM, *rest)
 
     return forward
+
+
+def offload_blocks(transformer: VideoTransformer, offload: Offload) -> None:
+    """What the first blocks keep leaves the GPU; only compiled blocks keep it where it can be seen."""
+    blocks = transformer.visual_transformer_blocks
+    for number, block in enumerate(blocks):
+        block.forward = _offloaded(block.forward, block, offload, number, last=number == len(blocks) - 1)
+
+
+def _offloaded(
+    forward: Callable[..., Tensor], block: nn.Module, offload: Offload, number: int, *, last: bool
+) -> Callable[..., Tensor]:
+    def run(x_BSM: Tensor, *rest: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            return forward(x_BSM, *rest)
+        # All blocks share the rest: text, rotations, NABLA's window. Weights are FSDP2's to keep or to gather again.
+        shared = {tensor.data_ptr() for tensor in tree_leaves(rest) if isinstance(tensor, Tensor)}
+        with offload.block(number, shared | {parameter.data_ptr() for parameter in block.parameters()}):
+            out = forward(x_BSM, *rest)
+        if last:
+            offload.finish_forward()
+        return out
+
+    return run
 
 
 def shard(transformer: VideoTransformer, mesh: DeviceMesh, dtype: torch.dtype) -> None:

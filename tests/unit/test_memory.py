@@ -47,9 +47,28 @@ def planned(*overrides: str, gpus: int = 2, name: str | None = H200) -> RunPlan:
 # The parts, by hand
 
 
-def test_the_measured_peak_is_predicted() -> None:
-    """Pro LoRA r32, 121×512×768, one clip a GPU on two H200, compiled, full recomputation: 49.8 GiB."""
-    assert predict(*DENSE, ONE_CLIP_EACH).allocated / GIB == pytest.approx(49.8, rel=0.05)
+MEASURED = [  # on one H200 (torch 2.11), compiled, one clip a step: `launch/benchmark.sh memory` and `one`
+    (8, DENSE, (), Recompute(0, 0), 21.21),
+    (8, DENSE, (), Recompute(0, 8), 21.23),
+    (8, DENSE, (), Recompute(8, 0), 45.77),
+    (8, DENSE, ("adapter=full",), Recompute(0, 0), 58.90),
+    (8, DENSE, ("adapter=full",), Recompute(0, 8), 56.71),
+    (8, DENSE, ("adapter=full",), Recompute(8, 0), 81.80),
+    (4, DENSE, (), Recompute(0, 4), 15.64),
+    (4, DENSE, ("adapter=full", "optimizer.kind=adamw_bf16"), Recompute(0, 4), 26.54),
+    (1, (*PRO, "data.resolution=[768,1280]"), (), Recompute(1, 0), 21.85),
+]
+
+
+@pytest.mark.parametrize(("blocks", "clip", "settings", "recompute", "gib"), MEASURED)
+def test_measured_peaks_are_predicted(
+    blocks: int, clip: tuple[str, ...], settings: tuple[str, ...], recompute: Recompute, gib: float
+) -> None:
+    config = configure(*clip, "train.batch_size=1", *settings)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_visual_blocks=blocks))
+    world = make_world(config, ClusterFacts(1, H200))
+    needed = memory.predict(config, world, Bucket(121, *config.resolutions[0]), recompute)
+    assert needed.allocated / GIB == pytest.approx(gib, rel=0.05)
 
 
 def test_a_frozen_base_lies_in_bf16_but_for_its_fp32_modules() -> None:
@@ -102,14 +121,14 @@ def test_kept_are_inputs_attention_outputs_or_all() -> None:
     assert inputs == 60 * UNIT
     assert inputs / GIB == pytest.approx(21.8, abs=0.05)
     assert predict(*DENSE, recompute=Recompute(0, 7)).kept == inputs + 7 * (UNIT + lse)
-    everything = 8 * UNIT + TOKENS * 16384 * 2 + lse
-    assert predict(*DENSE, recompute=Recompute(3, 7)).kept == inputs + 7 * (UNIT + lse) + 3 * everything
+    everything = 6.8 * UNIT + TOKENS * 16384 * 2 + lse
+    assert predict(*DENSE, recompute=Recompute(3, 7)).kept == pytest.approx(inputs + 7 * (UNIT + lse) + 3 * everything)
 
 
 def test_sparse_attention_keeps_its_packed_map() -> None:
     words = 32 * 744 * 24 * 4  # 47,616 tokens are 744 blocks, and 744 bits 24 words
     dense, sparse = (predict(*overrides, recompute=Recompute(2, 5)).kept for overrides in (DENSE, PRO))
-    assert sparse - dense == 7 * words
+    assert sparse - dense == pytest.approx(7 * words)
 
 
 def test_sparse_attention_lists_its_blocks() -> None:
@@ -122,17 +141,40 @@ def test_sparse_attention_lists_its_blocks() -> None:
 
 def test_the_working_set_is_counted_in_units() -> None:
     compiled = predict(*DENSE).working
-    assert compiled == pytest.approx(17.7 * UNIT)
-    assert compiled / GIB == pytest.approx(6.5, abs=0.1)
-    assert predict(*DENSE, "adapter=full").working == pytest.approx(25 * UNIT)
+    assert compiled == pytest.approx(25.9 * UNIT)
+    assert compiled / GIB == pytest.approx(9.4, abs=0.1)
+    assert predict(*DENSE, "adapter=full").working == pytest.approx(27 * UNIT)
+    assert predict(*DENSE, recompute=Recompute(0, 60)).working == pytest.approx(17.8 * UNIT)
+    assert predict(*DENSE, recompute=Recompute(60, 0)).working == pytest.approx(6.6 * UNIT)
     assert predict(*DENSE, "train.compile=false").working == pytest.approx(1.6 * compiled)
     assert predict(*DENSE, "train.precision=fp32").working == pytest.approx(2 * compiled)
+
+
+def test_the_fullest_moment_counts() -> None:
+    """Block by block, from the last on: what is kept goes, and without accumulation the gradients come."""
+    mixed = predict(*DENSE, recompute=Recompute(1, 2))
+    assert mixed.working == pytest.approx(25.9 * UNIT), "at the last of the 57 blocks that keep nothing"
+    assert mixed.kept == pytest.approx(57 * UNIT)
+    more = predict(*DENSE, recompute=Recompute(20, 40))
+    lse = TOKENS * 32 * 4
+    assert more.kept == pytest.approx(60 * UNIT + 40 * (UNIT + lse) + 20 * (6.8 * UNIT + TOKENS * 16384 * 2 + lse))
+    accumulated, alone = (predict(*DENSE, "adapter=full", f"train.batch_size={n}") for n in (4, 2))
+    assert accumulated.gradients == accumulated.weights
+    assert (alone.kept, alone.gradients < 0.95 * accumulated.gradients) == (UNIT, True), "at the first block"
+
+
+def test_what_waits_on_the_host_is_not_on_the_gpu() -> None:
+    lse = TOKENS * 32 * 4
+    attention = 2 * UNIT + lse
+    everything = 7.8 * UNIT + TOKENS * 16384 * 2 + lse
+    assert predict(*DENSE, recompute=Recompute(20, 40, 30)).kept == pytest.approx(12 * attention + 20 * everything)
+    assert predict(*DENSE, recompute=Recompute(20, 40, 60)).kept == pytest.approx(2 * everything)
 
 
 def test_workers_that_share_a_clip_hold_their_share_of_its_tokens() -> None:
     alone, shared = (predict(*PRO, f"parallel.context={n}", recompute=Recompute(4, 9)) for n in (1, 2))
     assert shared.kept == pytest.approx(alone.kept / 2)
-    assert shared.working == pytest.approx((17.7 + 4) * UNIT / 2), "and buffers to swap tokens for heads"
+    assert shared.working == pytest.approx((6.6 + 4) * UNIT / 2), "and buffers to swap tokens for heads"
     assert (shared.weights, shared.optimizer, shared.gathered) == (alone.weights, alone.optimizer, alone.gathered)
     odd = predict(*DENSE, "data.num_frames=1", "parallel.context=32", gpus=32)  # 1,536 tokens
     assert odd.kept == 60 * 48 * 4096 * 2
@@ -146,7 +188,7 @@ def test_latents_and_rope_tables_are_the_workspace() -> None:
 def test_validation_videos_count_where_they_need_more_than_training() -> None:
     video = ("validation.prompts=[a fox]", "validation.num_frames=961")  # 241 latent frames: 370,176 tokens
     none, one = predict(*DENSE, "validation.num_frames=961"), predict(*DENSE, *video)
-    assert one.workspace - none.workspace == pytest.approx(12 * 370_176 * 8192 - (none.kept + none.working))
+    assert one.total - none.total == pytest.approx(12 * 370_176 * 8192 - (none.kept + none.working))
     assert predict(*DENSE, "validation.prompts=[a fox]") == predict(*DENSE)
 
 
@@ -161,7 +203,7 @@ def test_a_cpu_world_is_counted_in_fp32() -> None:
     needed = predict("+flavour=t2v-tiny", gpus=0)
     tokens = 5 * 4 * 6
     assert needed.kept == 4 * tokens * 64 * 4
-    assert needed.working == pytest.approx(1.6 * 17.7 * tokens * 64 * 4)
+    assert needed.working == pytest.approx(1.6 * 25.9 * tokens * 64 * 4)
     assert needed.runtime == 0
     assert predict("+flavour=t2v-tiny", "train.precision=bf16", gpus=0).kept == needed.kept, "bf16 works in fp32 there"
 
@@ -183,13 +225,30 @@ def test_more_of_the_good_is_never_more_memory(overrides: tuple[str, ...], adapt
     contexts = [total(2, n) for n in (1, 2, 4, 8, 16) if heads % n == 0]
     for fewer_and_fewer in (shards, contexts):
         assert fewer_and_fewer == sorted(fewer_and_fewer, reverse=True)
-    keeping = [total(2, 1, Recompute(*n)) for n in ((0, 0), (0, 1), (0, 9), (1, 8), (9, 0))]
+    keeping = [total(2, 1, Recompute(*n)) for n in ((0, 0), (0, 20), (9, 11), (20, 0))]
     lengths = [total(2, 1, frames=n) for n in (1, 17, 61, 121, 241)]
     for more_and_more in (keeping, lengths):
         assert more_and_more == sorted(more_and_more)
 
 
 # What a plan keeps
+
+
+def test_the_host_takes_no_more_than_the_gpu_needs_and_it_may() -> None:
+    full = (*DENSE, "adapter=full", "optimizer.kind=adamw_bf16")
+    alone, some, much = (planned(*full, f"train.offload_gib={gib}") for gib in (0, 24, 400))
+    assert alone.recompute.offload == 0
+    assert alone.recompute.keep + alone.recompute.attention < 60
+    assert 0 < some.recompute.offload < 60
+    assert some.recompute.keep + some.recompute.attention == 60 > alone.recompute.attention
+    assert much.recompute.keep == 60 > some.recompute.keep
+    for plan in (alone, some, much):
+        assert estimates(plan).memory.total <= estimate.gpu_facts(H200)[2] * (1 - memory.MARGIN)
+    blocks, lse = some.recompute.offload, TOKENS * 32 * 4
+    attention, everything = 2 * UNIT + lse, 8.7 * UNIT + TOKENS * 16384 * 2 + lse
+    linear = max(0, blocks - some.recompute.attention)
+    assert (blocks - linear) * attention + linear * everything <= 0.9 * 24 * GIB
+    assert planned(*LITE, "train.offload_gib=24").recompute.offload == 0, "what fits stays"
 
 
 def test_a_word_is_the_same_in_all_blocks() -> None:
@@ -207,7 +266,7 @@ def test_auto_keeps_attention_on_a_large_gpu_and_less_on_a_smaller() -> None:
     large, small = (planned(*PRO, name=name).recompute for name in (H200, "NVIDIA H100 80GB HBM3"))
     assert large.keep + large.attention == 60
     assert large.keep < 30
-    assert small.keep == 0
+    assert small.keep <= 3
     assert 0 < small.attention < 60
     assert planned(*PRO, gpus=1, name="NVIDIA RTX 4090").recompute == FULL
 

@@ -213,7 +213,7 @@ def test_one_place_in_two_spellings_is_one_source() -> None:
 
 def test_a_plan_says_what_the_blocks_keep() -> None:
     plan = dataclasses.replace(planned(), recompute=Recompute(3, 7))
-    assert json.loads(plan.to_json())["recompute"] == {"keep": 3, "attention": 7}
+    assert json.loads(plan.to_json())["recompute"] == {"keep": 3, "attention": 7, "offload": 0}
     assert RunPlan.from_json(plan.to_json()) == plan
 
 
