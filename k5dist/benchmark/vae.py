@@ -262,6 +262,11 @@ def convolution(setting: Setting, sizes: tuple[int, ...]) -> dict[str, Any]:
     return row
 
 
+def _shape(text: str) -> tuple[int, int, int]:
+    frames, height, width = map(int, text.split("x"))
+    return frames, height, width
+
+
 def show(found: dict[str, Any]) -> None:
     table = Table(title=f"VAE encode on {found['device']}", title_justify="left", box=None)
     for name in ("shape", "variant", "ms", "peak GiB", "to stock", "to fp32", "same twice"):
@@ -287,6 +292,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--variants", nargs="+", default=[*variants(True)], choices=[*variants(True)], help="default: all"
     )
+    parser.add_argument(
+        "--shapes", nargs="+", type=_shape, metavar="TxHxW", help="only these, and no parts: 121x768x1280"
+    )
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
@@ -298,13 +306,14 @@ def main(argv: list[str] | None = None) -> None:
     found: dict[str, Any] = {"device": name, "torch": torch.__version__, "cudnn": torch.backends.cudnn.version()}
     found |= {"dtype": str(dtype), "rows": [], "convolutions": []}
     reference, shapes = (QUICK_REFERENCE, QUICK_SHAPES) if arguments.quick else (REFERENCE_SHAPE, SHAPES)
-    for shape in (reference, *shapes):
+    for shape in arguments.shapes or (reference, *shapes):
         for row in compare(setting, arguments.variants, shape, precise=shape == reference):
             found["rows"].append(row)
             arguments.out.write_text(json.dumps(found, indent=1) + "\n")
-    for sizes in CONVOLUTIONS if on_gpu else QUICK_CONVOLUTIONS:
-        found["convolutions"].append({"sizes": sizes, **guarded(lambda s=sizes: convolution(setting, s))})
-    found["profile"] = guarded(lambda: kernels(setting, shapes[0]))
+    if not arguments.shapes:
+        for sizes in CONVOLUTIONS if on_gpu else QUICK_CONVOLUTIONS:
+            found["convolutions"].append({"sizes": sizes, **guarded(lambda s=sizes: convolution(setting, s))})
+        found["profile"] = guarded(lambda: kernels(setting, shapes[0]))
     arguments.out.write_text(json.dumps(found, indent=1) + "\n")
     show(found)
 
