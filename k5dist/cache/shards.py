@@ -1,9 +1,10 @@
 """A folder of safetensors shards with a Parquet index: `shards/<name>.safetensors` and `index/<name>.parquet`.
 
 A shard exists for readers when its index part does, and that is published after it, so a half-written shard is never
-seen. A shard's name is the digest of the keys in it: a task that runs twice publishes the same file twice. All tensors
-are bfloat16 (as uint16 bit patterns where numpy carries them). A record's tensors are contiguous in its shard, so
-reading it is one range request.
+seen. A shard's name is the digest of the keys and checksums in it: a task that runs twice publishes the same file
+twice, and two jobs whose bits differ publish two. All tensors are bfloat16 (as uint16 bit patterns where numpy carries
+them). A record's tensors are contiguous in its shard, so reading it is one range request; its CRC-32 stands in the
+index.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +26,7 @@ from k5dist import storage
 if TYPE_CHECKING:
     import torch
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 _TENSOR = pa.struct(
     [("name", pa.string()), ("shape", pa.list_(pa.int32())), ("offset", pa.int64()), ("length", pa.int64())]
 )
@@ -33,6 +35,7 @@ _PLACE = [
     ("shard", pa.string()),
     ("offset", pa.int64()),
     ("length", pa.int64()),
+    ("crc32", pa.uint32()),
     ("tensors", pa.list_(_TENSOR)),
 ]
 
@@ -72,18 +75,55 @@ class ShardStore:
         if len({record.key for record in records}) < len(records):
             raise ValueError("a key stands twice in one shard")
         records = sorted(records, key=lambda record: record.key)
-        name = hashlib.sha256("".join(record.key for record in records).encode()).hexdigest()[:24]
+        sums = [_crc32(record) for record in records]
+        facts = [f"{record.key}{crc32:08x}" for record, crc32 in zip(records, sums, strict=True)]
+        name = hashlib.sha256("".join(facts).encode()).hexdigest()[:24]
         data, rows = _serialise(name, records)
-        storage.publish_bytes(storage.join(self.uri, "shards", f"{name}.safetensors"), data)
-        part = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows, schema=self.schema), part, compression="zstd")
-        storage.publish_bytes(storage.join(self.uri, "index", f"{name}.parquet"), part.getvalue())
+        for row, crc32 in zip(rows, sums, strict=True):
+            row["crc32"] = crc32
+        storage.publish_bytes(self.shard_uri(name), data)
+        self._publish_part(name, pa.Table.from_pylist(rows, schema=self.schema))
         return name
+
+    def _publish_part(self, name: str, table: pa.Table) -> None:
+        part = io.BytesIO()
+        pq.write_table(table, part, compression="zstd")
+        storage.publish_bytes(storage.join(self.uri, "index", f"{name}.parquet"), part.getvalue())
+
+    def shard_uri(self, shard: str) -> str:
+        return storage.join(self.uri, "shards", f"{shard}.safetensors")
+
+    def remove(self, keys: Collection[str]) -> int:
+        """Take records out of the index, and shards that no record is left in from storage; the number of rows.
+
+        An index part is replaced by one with another name before it goes, so a reader sees every other row all along.
+        What a reader took from the index before may be gone when it asks for it: not for a cache in use.
+        """
+        removed = 0
+        for part in self._parts():
+            with storage.open_read(storage.join(self.uri, "index", part)) as file:
+                table = pq.read_table(file)
+            stays = [key not in keys for key in table.column("key").to_pylist()]
+            if all(stays):
+                continue
+            left = table.filter(pa.array(stays))
+            removed += table.num_rows - left.num_rows
+            shards = set(table.column("shard").to_pylist()) - set(left.column("shard").to_pylist())
+            if left.num_rows:
+                rest = hashlib.sha256("".join(left.column("key").to_pylist()).encode()).hexdigest()[:8]
+                self._publish_part(f"{part.split('.')[0].split('-')[0]}-{rest}", left)
+            storage.remove(storage.join(self.uri, "index", part))
+            for shard in shards:
+                storage.remove(self.shard_uri(shard))
+        return removed
+
+    def _parts(self) -> list[str]:
+        return [name for name in storage.list_folder(storage.join(self.uri, "index")) if name.endswith(".parquet")]
 
     def index(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All committed rows (of the named columns), one a key, sorted by key; empty where nothing is written."""
         folder = storage.join(self.uri, "index")
-        names = [name for name in storage.list_folder(folder) if name.endswith(".parquet")]
+        names = self._parts()
         wanted = None if columns is None else sorted({"key", *columns})
         schema = self.schema if wanted is None else pa.schema([self.schema.field(name) for name in wanted])
         if not names:
@@ -103,7 +143,7 @@ class ShardStore:
         """A record's tensors, bfloat16 on CPU, by one range request."""
         import torch
 
-        uri = storage.join(self.uri, "shards", f"{place.shard}.safetensors")
+        uri = self.shard_uri(place.shard)
         data = storage.read_bytes(uri, place.offset, place.offset + place.length)
         if len(data) != place.length:
             raise OSError(f"{uri}: {place.length} bytes at {place.offset} wanted, {len(data)} read")
@@ -112,6 +152,14 @@ class ShardStore:
             name: buffer[offset // 2 : (offset + length) // 2].reshape(shape)
             for name, shape, offset, length in place.tensors
         }
+
+
+def _crc32(record: Record) -> int:
+    """Of the record's bytes as they lie in its shard."""
+    value = 0
+    for array in record.tensors.values():
+        value = zlib.crc32(memoryview(np.ascontiguousarray(array)), value)
+    return value
 
 
 def _serialise(shard: str, records: Sequence[Record]) -> tuple[bytes, list[dict[str, Any]]]:
