@@ -158,7 +158,7 @@ def _crc32(record: Record) -> int:
     """Of the record's bytes as they lie in its shard."""
     value = 0
     for array in record.tensors.values():
-        value = zlib.crc32(memoryview(np.ascontiguousarray(array)), value)
+        value = zlib.crc32(np.ascontiguousarray(array).data, value)
     return value
 
 
