@@ -174,14 +174,14 @@ def test_a_clip_reads_only_its_part_of_the_file(tmp_path: Path) -> None:
 
 
 def test_a_seek_that_misses_falls_back_to_the_beginning(mp4: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = video._timed
+    honest = video.timed_frames
     asked: list[float] = []
 
     def late(container: Any, stream: Any, seek_to: float) -> Any:
         asked.append(seek_to)
         return honest(container, stream, seek_to + 1 if seek_to else 0)
 
-    monkeypatch.setattr(video, "_timed", late)
+    monkeypatch.setattr(video, "timed_frames", late)
     assert numbers(decode(mp4, 1.25, 12, 24)) == list(range(30, 42))
     assert asked == [1.25, 0]
 
@@ -336,7 +336,7 @@ def test_rotation_is_applied(rotation: int, hflip: bool) -> None:
 
 def test_sample_aspect_ratio_is_applied() -> None:
     file = write(io.BytesIO(), [corners(64, 64)] * 3, aspect=Fraction(3, 2), options={"crf": "4"})
-    assert probe(file) == VideoInfo(96, 64, 0.125, 24.0, "h264", 0)
+    assert probe(file) == VideoInfo(96, 64, 0.125, 24.0, "h264", 0, 3)
     clip = decode(file, 0, 1, 24, height=64, width=96)
     assert psnr(clip[0], corners()) > 26
 
@@ -387,7 +387,7 @@ def test_encode_then_decode_is_close(tmp_path: Path) -> None:
     frames = np.stack(waves, -1).astype(np.uint8)
     path = tmp_path / "wave.mp4"
     encode_mp4(frames, path, frame_rate=24)
-    assert probe(str(path)) == VideoInfo(96, 64, pytest.approx(13 / 24), 24.0, "h264", 0)  # pyright: ignore[reportArgumentType]
+    assert probe(str(path)) == VideoInfo(96, 64, pytest.approx(13 / 24), 24.0, "h264", 0, 13)  # pyright: ignore[reportArgumentType]
     clip = decode(str(path), 0, 13, 24, height=64, width=96)
     assert psnr(clip, frames) > 34
     assert np.abs((clip.astype(float) - frames).mean(axis=(0, 1, 2))).max() < 1
