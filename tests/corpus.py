@@ -314,7 +314,7 @@ def _clips() -> None:
         _add(f"rotated {rotation}.mp4", lambda r=rotation: _clip(rotation=r))
     early = tuple(range(-6, 18))
     _add("negative.mp4", lambda: _clip(pts=early), frames=NUM_FRAMES - 6)  # the part before 0 is not shown
-    no_times = {"container": "matroska", "container_options": (("avoid_negative_ts", "disabled"),)}
+    no_times: dict[str, Any] = {"container": "matroska", "container_options": (("avoid_negative_ts", "disabled"),)}
     _add("no times.mkv", lambda: _clip(pts=early, **no_times), stage="decode", reason="no timestamps")
     _add("mirrored.mp4", lambda: _clip(hflip=True))
     _add("16384 wide.mp4", lambda: _clip(count=9, size=(16, 16384)), stage="decode", reason="cut off nearly all")
@@ -348,8 +348,7 @@ def _images() -> None:
         "1x1.png": lambda: _image("PNG", size=(1, 1)),
     }.items():
         _add(name, make, frames=1)
-    wide = {"size": (4096, 2), "stage": "decode", "reason": "cut off nearly all"}
-    _add("ribbon.png", lambda: _image("PNG", size=wide["size"]), frames=1, stage="decode", reason=wide["reason"])
+    _add("ribbon.png", lambda: _image("PNG", size=(4096, 2)), frames=1, stage="decode", reason="cut off nearly all")
     for kind, suffix in (("GIF", "gif"), ("WEBP", "webp"), ("PNG", "apng")):
         _add(f"animated.{suffix}", lambda k=kind: _animation(k, 10, duration=80), frames=10)
     _add("no delay.gif", lambda: _animation("GIF", 10, duration=0), frames=10)

@@ -103,7 +103,8 @@ def look(path: str, case: Case) -> dict[str, Any]:
 def main(folder: str, names: list[str]) -> None:
     """The child: one line of JSON a file, as soon as it is known."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY,) * 2)
+    limit = pages * resource.getpagesize() + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     for name in names:
         print(json.dumps({name: look(f"{folder}/{name}", CASES[name])}), flush=True)  # noqa: T201
 

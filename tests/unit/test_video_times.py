@@ -54,10 +54,12 @@ def test_every_rate_is_resampled_by_time(name: str) -> None:
         for start in (0.0, float(10 / rate) + 0.003, float(17.5 / rate)):
             num_frames = int((count / float(rate) - start) * 24)
             got = np.array(decode(file, start, num_frames))
-            # Containers round begins to a millisecond: a time this near to one may show either neighbour.
+            if rate.denominator == 1:
+                assert got.tolist() == on_screen(begins, start, num_frames), f"{rate=} {start=}"
+                continue
+            # Some begin within a millisecond of a 24th, and containers round them: either neighbour is right.
             before, after = (np.array(on_screen(begins, start + d, num_frames)) for d in (-0.0011, 0.0011))
             assert ((np.maximum(before, 0) <= got) & (got <= after)).all(), f"{rate=} {start=}"
-            assert (before == after).mean() > 0.4 or rate in (12, 24), "most times are exact"
 
 
 @pytest.mark.parametrize("container", ["mp4", "mov", "matroska", "webm"])
@@ -105,9 +107,9 @@ def test_other_animations_go_by_their_own_delays(kind: str) -> None:
 
 def test_interlaced_frames_lose_their_combs_and_keep_their_times() -> None:
     combed = []
-    for i in range(20):  # a bar whose two fields are 8 pixels apart
+    for i in range(20):  # a bar whose two fields are 2 pixels apart, as its motion has it
         picture = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
-        picture[::2, 4 * i : 4 * i + 20] = picture[1::2, 4 * i + 8 : 4 * i + 28] = 255
+        picture[::2, 4 * i : 4 * i + 20] = picture[1::2, 4 * i + 2 : 4 * i + 22] = 255
         combed.append(picture)
     options = {"x264-params": "tff=1", "crf": "8"}
     file = write(io.BytesIO(), combed, rate=25, flags=INTERLACED, options=options)
