@@ -6,7 +6,7 @@ BT.2020 to BT.709, and the result encoded for an SDR display:
 - PQ: the EOTF of SMPTE ST 2084 = BT.2100 table 4, up to 10,000 cd/m².
 - HLG: the inverse OETF and the OOTF of BT.2100 table 5, for a display of 1,000 cd/m² (system gamma 1.2).
 - Range: the EETF of Report BT.2390-10 section 5.4.1 (a Hermite roll-off in the PQ domain) from 1,000 cd/m² to
-  203 cd/m², which is the diffuse white of HDR in Report BT.2408-7. Below 98 cd/m² it leaves light as it is, so a grey
+  203 cd/m², which is the diffuse white of HDR in Report BT.2408-7. Below 88 cd/m² it leaves light as it is, so a grey
   card (26 cd/m²) keeps its light, and diffuse white becomes 90% of SDR's signal, with room for highlights above.
 - Colour: the matrix of Report BT.2407-0 section 2, out-of-gamut colours clipped.
 - SDR: the inverse of the EOTF of BT.1886 (gamma 2.4, black 0, white 203 cd/m²).

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, islice
 from typing import BinaryIO
 
 import av
@@ -169,7 +169,7 @@ def _frames(
         still = _is_still(container)
         frames = timed_frames(container, stream, 0 if still else seek_to)
         if still and needs_motion:
-            first = [timed for timed, _ in zip(frames, range(2), strict=False)]
+            first = list(islice(frames, 2))
             if len(first) == 1:
                 raise _too_short(0, times, rate, "it is a still image")
             frames = chain(first, frames)
