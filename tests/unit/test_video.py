@@ -1,8 +1,7 @@
-"""Clips whose frames carry their own number, so that a wrong frame cannot pass for the right one."""
+"""Probing, exact times, damage, colours and sizes, on clips whose frames carry their own number."""
 
 import io
 import pickle
-from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
@@ -11,73 +10,11 @@ import av
 import numpy as np
 import pytest
 from av.audio.frame import AudioFrame
-from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace
-from av.video.stream import VideoStream
 
 from k5dist.precache import video
 from k5dist.precache.video import VideoError, VideoInfo, decode_clip, encode_mp4, probe
-
-HEIGHT, WIDTH, BITS = 64, 128, 8
-
-
-def numbered(number: int) -> np.ndarray:
-    """uint8 [64, 128, 3] with number as eight black or white columns, the lowest bit left."""
-    bits = (number >> np.arange(BITS)) & 1
-    columns = np.repeat(bits * 255, WIDTH // BITS).astype(np.uint8)
-    return np.broadcast_to(columns[None, :, None], (HEIGHT, WIDTH, 3)).copy()
-
-
-def numbers(clip: np.ndarray) -> list[int]:
-    """What numbered wrote into each frame of clip [T, H, W, 3], at any size of the same aspect ratio."""
-    centres = (np.arange(BITS) + 0.5) * clip.shape[2] / BITS
-    bits = clip.mean(axis=(1, 3))[:, centres.astype(int)] > 127
-    return (bits * (1 << np.arange(BITS))).sum(1).tolist()
-
-
-def write(
-    file: Any,
-    frames: Sequence[np.ndarray],
-    *,
-    pts: Sequence[int] | None = None,
-    time_base: Fraction = Fraction(1, 24),
-    rate: int = 24,
-    codec: str = "libx264",
-    container: str = "mp4",
-    gop: int = 12,
-    pix_fmt: str = "yuv420p",
-    matrix: Colorspace | None = None,
-    color_range: ColorRange | None = None,
-    aspect: Fraction | None = None,
-    rotation: int = 0,
-    hflip: bool = False,
-    options: dict[str, str] | None = None,
-) -> Any:
-    """Encode frames (uint8 RGB) at pts (in time_base; default one apart) and return file."""
-    with av.open(file, "w", format=container) as output:
-        stream = cast(VideoStream, output.add_stream(codec, rate=rate, options=options or {}))
-        stream.height, stream.width = frames[0].shape[:2]
-        stream.pix_fmt = pix_fmt
-        context = stream.codec_context
-        context.gop_size, context.time_base = gop, time_base
-        if codec == "mpeg4":
-            context.max_b_frames = 2
-        if aspect:
-            context.sample_aspect_ratio = aspect
-        if rotation or hflip:
-            stream.set_display_rotation(rotation, hflip=hflip)
-        if matrix is not None:
-            context.colorspace = matrix
-        if color_range is not None:
-            context.color_range = color_range
-        for number, rgb in enumerate(frames):
-            frame = VideoFrame.from_ndarray(rgb, format="rgb24").reformat(
-                format=pix_fmt, dst_colorspace=matrix, dst_color_range=color_range
-            )
-            frame.pts, frame.time_base = (pts[number] if pts else number), time_base
-            output.mux(stream.encode(frame))
-        output.mux(stream.encode(None))
-    return file
+from tests.numbered import HEIGHT, WIDTH, numbered, numbers, write
 
 
 def decode(file: Any, start: float, num_frames: int, frame_rate: float, **changes: Any) -> np.ndarray:
@@ -174,14 +111,14 @@ def test_a_clip_reads_only_its_part_of_the_file(tmp_path: Path) -> None:
 
 
 def test_a_seek_that_misses_falls_back_to_the_beginning(mp4: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = video._timed
+    honest = video.timed_frames
     asked: list[float] = []
 
     def late(container: Any, stream: Any, seek_to: float) -> Any:
         asked.append(seek_to)
         return honest(container, stream, seek_to + 1 if seek_to else 0)
 
-    monkeypatch.setattr(video, "_timed", late)
+    monkeypatch.setattr(video, "timed_frames", late)
     assert numbers(decode(mp4, 1.25, 12, 24)) == list(range(30, 42))
     assert asked == [1.25, 0]
 
@@ -336,7 +273,7 @@ def test_rotation_is_applied(rotation: int, hflip: bool) -> None:
 
 def test_sample_aspect_ratio_is_applied() -> None:
     file = write(io.BytesIO(), [corners(64, 64)] * 3, aspect=Fraction(3, 2), options={"crf": "4"})
-    assert probe(file) == VideoInfo(96, 64, 0.125, 24.0, "h264", 0)
+    assert probe(file) == VideoInfo(96, 64, 0.125, 24.0, "h264", 0, 3)
     clip = decode(file, 0, 1, 24, height=64, width=96)
     assert psnr(clip[0], corners()) > 26
 
@@ -387,7 +324,7 @@ def test_encode_then_decode_is_close(tmp_path: Path) -> None:
     frames = np.stack(waves, -1).astype(np.uint8)
     path = tmp_path / "wave.mp4"
     encode_mp4(frames, path, frame_rate=24)
-    assert probe(str(path)) == VideoInfo(96, 64, pytest.approx(13 / 24), 24.0, "h264", 0)  # pyright: ignore[reportArgumentType]
+    assert probe(str(path)) == VideoInfo(96, 64, pytest.approx(13 / 24), 24.0, "h264", 0, 13)  # pyright: ignore[reportArgumentType]
     clip = decode(str(path), 0, 13, 24, height=64, width=96)
     assert psnr(clip, frames) > 34
     assert np.abs((clip.astype(float) - frames).mean(axis=(0, 1, 2))).max() < 1
