@@ -33,7 +33,8 @@ __all__ = [  # with those constants of shapes that the model reads from here
     "nearest",
 ]
 
-STAGES = ("plan", "precache", "train", "validate", "export")
+STAGES = ("plan", "verify", "precache", "train", "validate", "export", "prune")
+_LIGHT_STAGES = frozenset(("plan", "verify", "prune"))  # what needs no GPU
 CHECKPOINTING = ("auto", "linear", "attention", "full")  # from `linear` on, each needs less memory than the one before
 RECOMMENDED_GUIDANCE = (2.0, 6.0)
 
@@ -122,6 +123,7 @@ class PrecacheConfig:
     shard_size_mib: int
     max_failure_ratio: float
     text_batch_size: int
+    repair: bool
     vae_workers: int | None
     decode_workers: int | None
     max_text_tokens: int
@@ -355,6 +357,15 @@ class RunConfig:
         shapes.append(("validation.resolution", *self.validation_shape[1:]))
         for key, height, width in shapes:
             check_nabla_sides(key, height, width)
+
+    @property
+    def prepares(self) -> bool:
+        """Whether the cache is brought up to date: by the stage of that name, or to mend what `verify` finds."""
+        return "precache" in self.stages or ("verify" in self.stages and self.precache.repair)
+
+    @property
+    def needs_gpu(self) -> bool:
+        return self.prepares or not _LIGHT_STAGES.issuperset(self.stages)
 
     @property
     def resolutions(self) -> tuple[tuple[int, int], ...]:

@@ -35,7 +35,7 @@ def plan_run(config: RunConfig) -> RunPlan:
     only_planning = config.stages == ("plan",)
     facts = local_facts(config.cluster)
     if facts.gpus_per_node == 0 and config.cluster.gpus_per_node is None and not config.flavour.generated:
-        if not only_planning:
+        if config.needs_gpu:
             rule = f"{config.flavour.name} trains on GPUs, and this machine shows none"
             fix = "run it on a GPU machine, set cluster.gpus_per_node, or try +flavour=t2v-tiny"
             raise ConfigError("cluster.gpus_per_node", None, rule, fix)
@@ -168,17 +168,18 @@ def _check_folder(plan: RunPlan) -> None:
 def run_plan(plan: RunPlan, resolved_yaml: str) -> int:
     from k5dist.cluster.driver import TrainingFailed, run_stages, tracked_run
     from k5dist.precache.pipeline import PrecacheError, check_source
+    from k5dist.precache.upkeep import CacheDamaged
     from k5dist.tracking.run import TrackingUnreachable, check_tracking
 
     refuse_unfinished(plan)
-    source = check_source(plan) if "precache" in plan.config.stages else ([], [])
+    source = check_source(plan) if plan.config.prepares else ([], [])
     try:
         check_tracking(plan.tracking_uri)
     except TrackingUnreachable as error:
         raise ConfigError(
             "tracking.uri", plan.tracking_uri, str(error), "start the server, or leave it null"
         ) from error
-    if plan.config.resume == "never":
+    if plan.config.resume == "never" and plan.config.needs_gpu:
         storage.remove(plan.run_uri)
     storage.publish_bytes(plan.plan_uri, plan.to_json().encode())
     storage.publish_bytes(storage.join(plan.run_uri, "config.yaml"), resolved_yaml.encode())
@@ -192,7 +193,7 @@ def run_plan(plan: RunPlan, resolved_yaml: str) -> int:
             summary.append(("tracking", tracked.url))
         show_table("Done", summary)
         return 0
-    except (TrainingFailed, PrecacheError) as error:
+    except (TrainingFailed, PrecacheError, CacheDamaged) as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
     except (ConfigError, KeyboardInterrupt):
         raise

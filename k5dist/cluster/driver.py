@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 from dataclasses import asdict
@@ -21,11 +22,13 @@ from k5dist.events import parse
 from k5dist.plan import RunPlan
 from k5dist.precache.manifest import Rejected, Row
 from k5dist.precache.pipeline import precache
+from k5dist.precache.upkeep import CacheDamaged, explain, prune_cache, verify_cache
 from k5dist.tracking.run import TrackedRun
 from k5dist.train.checkpoint import committed_steps
 from k5dist.train.validate import probe_uri
 
 _KEPT_LINES = 200
+_ON_RAY = {"precache", "train", "validate", "export"}
 
 
 class TrainingFailed(Exception):
@@ -70,8 +73,10 @@ def run_stages(plan: RunPlan, tracked: TrackedRun, source: tuple[list[Row], list
     ensure_generated(plan)
     stages = plan.config.stages
     summary: list[tuple[str, str]] = []
-    with ray_session(plan.config.cluster):
-        if "precache" in stages:
+    damaged = _verify(plan, tracked, summary) if "verify" in stages else False
+    heavy = damaged or bool(set(stages) & _ON_RAY)
+    with ray_session(plan.config.cluster) if heavy else contextlib.nullcontext():
+        if "precache" in stages or damaged:
             done = precache(plan, *source)
             show_table("Precache", done.rows())
             tracked.log_metrics(done.metrics(), step=0)
@@ -84,7 +89,26 @@ def run_stages(plan: RunPlan, tracked: TrackedRun, source: tuple[list[Row], list
                 summary += training.summary()
         if "export" in stages:
             summary += _export(plan, tracked)
+    if "prune" in stages:
+        summary.append(("pruned", f"{prune_cache(plan)} samples"))
     return summary
+
+
+def _verify(plan: RunPlan, tracked: TrackedRun, summary: list[tuple[str, str]]) -> bool:
+    """Whether there was damage, which is out of the index by then; raises CacheDamaged where it shall stay."""
+    repair = plan.config.precache.repair
+    bad = verify_cache(plan, repair=repair)
+    tracked.log_text(json.dumps([asdict(record) for record in bad], indent=2), "verify.json")
+    tracked.log_metrics({"verify/bad": float(len(bad))}, step=0)
+    if not bad:
+        summary.append(("verify", "every record is what was written"))
+        return False
+    found = f"{len(bad)} records of the cache are damaged:\n{explain(bad)}"
+    if not repair:
+        raise CacheDamaged(f"{found}\nthe same command with precache.repair=true encodes them again")
+    say(f"{found}\nthey are encoded again")
+    summary.append(("verify", f"{len(bad)} damaged records, removed and encoded again"))
+    return True
 
 
 class TrainingStage:
