@@ -14,6 +14,7 @@ import torch
 from k5dist.cache.layout import TextEncoding
 from k5dist.model.pretrained import component_folder
 from k5dist.model.vae import Encoder
+from k5dist.model.vae_tiles import tiling_error
 
 
 def to_bits(tensor: torch.Tensor) -> np.ndarray:
@@ -28,10 +29,14 @@ class VideoAutoencoder:
         pretrained: a checkpoint folder, with the VAE in `vae/`.
         device: bf16 on CUDA, fp32 elsewhere.
         patch_conv: encode with convolutions in smaller chunks: the same latents in less memory (`k5dist.model.vae`).
+        tiling: encode pictures in spatial tiles: other latents in far less memory (`k5dist.model.vae_tiles`).
         compile: compiled kernels between the encoder's convolutions; None: on CUDA.
     """
 
-    def __init__(self, pretrained: str, device: str, *, patch_conv: bool = False, compile: bool | None = None) -> None:
+    def __init__(
+        self, pretrained: str, device: str, *, patch_conv: bool = False, tiling: bool = False,
+        compile: bool | None = None,
+    ) -> None:  # fmt: skip
         from diffusers import AutoencoderKLHunyuanVideo
 
         self.device = torch.device(device)
@@ -40,7 +45,8 @@ class VideoAutoencoder:
         folder = component_folder(pretrained, "vae")
         vae: Any = AutoencoderKLHunyuanVideo.from_pretrained(str(folder), torch_dtype=self.dtype, local_files_only=True)
         self.vae = vae.to(self.device).eval().requires_grad_(False)
-        self.encoder = Encoder(self.vae, patch_conv=patch_conv, compile=on_gpu if compile is None else compile)
+        compile = on_gpu if compile is None else compile
+        self.encoder = Encoder(self.vae, patch_conv=patch_conv, tiling=tiling, compile=compile)
 
     def encode(self, frames_THW3: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """uint8 RGB [T, H, W, 3] → posterior mean and log-variance [t, h, w, C], unscaled, fp32 on CPU."""
@@ -55,6 +61,15 @@ class VideoAutoencoder:
         if not (torch.isfinite(mean).all() and torch.isfinite(logvar).all()):
             raise ValueError("the VAE gave values that are not finite")
         return mean.contiguous(), logvar.clamp(-30.0, 20.0)  # the range diffusers' posterior allows
+
+    @torch.no_grad()
+    def tiling_error(self, frames_THW3: np.ndarray) -> float:
+        """How far tiles are off on this clip, relative: over four tiles in the middle of its first 17 frames."""
+        side = 2 * self.encoder.tile[1]
+        frames = torch.from_numpy(frames_THW3[:17]).to(self.device)
+        top, left = (max(0, size - side) // 2 // 16 * 16 for size in frames.shape[1:3])
+        part = frames[:, top : top + side, left : left + side]
+        return tiling_error(*(self.encoder.encode(part, tiling) for tiling in (False, True)))
 
     @torch.no_grad()
     def decode(self, latents_thwC: torch.Tensor) -> np.ndarray:

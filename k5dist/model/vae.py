@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from k5dist.config import VAE_TIME_COMPRESSION
+from k5dist.model.vae_tiles import encode_in_tiles
 
 CHUNK_ELEMENTS = 1 << 30
 PATCH_ELEMENTS = 1 << 29
@@ -156,17 +157,21 @@ class Encoder:
     Args:
         vae: a stock `AutoencoderKLHunyuanVideo`; its encoder's weights are put into channels_last_3d, in place.
         patch_conv: convolutions in smaller chunks; the same result in less memory.
+        tiling: pictures in spatial tiles, which is another result (`k5dist.model.vae_tiles`) in far less memory.
         compile: the compiled (Triton) operations between convolutions; needs a GPU.
     """
 
-    def __init__(self, vae: Any, *, patch_conv: bool = False, compile: bool = False) -> None:
+    def __init__(self, vae: Any, *, patch_conv: bool = False, tiling: bool = False, compile: bool = False) -> None:
         overlap = (vae.tile_sample_min_num_frames - vae.tile_sample_stride_num_frames) / VAE_TIME_COMPRESSION
         if not vae.use_framewise_encoding or overlap != 1 or vae.temporal_compression_ratio != VAE_TIME_COMPRESSION:
             raise ValueError(
                 "the installed diffusers cuts a clip into other tiles than its release 0.42 (17 frames, one every 12);"
                 " install diffusers 0.42 or 0.43"
             )
-        self.tiling = vae.tile_sample_min_num_frames, vae.tile_sample_stride_num_frames
+        self.time_tiling = vae.tile_sample_min_num_frames, vae.tile_sample_stride_num_frames
+        assert vae.tile_sample_min_height == vae.tile_sample_min_width
+        self.tiling = tiling
+        self.tile = vae.tile_sample_min_height, vae.tile_sample_stride_height
         self.limit = PATCH_ELEMENTS if patch_conv else CHUNK_ELEMENTS
         self.encoder = vae.encoder.to(memory_format=torch.channels_last_3d)
         conv_in = self.encoder.conv_in.conv
@@ -175,18 +180,25 @@ class Encoder:
         self.quant_conv: nn.Conv3d = vae.quant_conv
         self.operations: Operations = _operations(compile)
 
-    @torch.no_grad()
     def __call__(self, frames_THW3: Tensor) -> Tensor:
         """uint8 [T, H, W, 3] on the device → mean and log-variance [t, h, w, 2C], unclamped."""
+        return self.encode(frames_THW3, self.tiling)
+
+    @torch.no_grad()
+    def encode(self, frames_THW3: Tensor, tiling: bool) -> Tensor:
         num_frames, height, width, _ = frames_THW3.shape
         latents = []
-        for length, same in groupby(time_tiles(num_frames, *self.tiling), lambda tile: tile.stop - tile.start):
+        for length, same in groupby(time_tiles(num_frames, *self.time_tiling), lambda tile: tile.stop - tile.start):
             tiles = list(same)
-            together = max(1, GROUP_PIXELS // (length * height * width))
-            for at in range(0, len(tiles), together):
-                group = tiles[at : at + together]
+            step = max(1, GROUP_PIXELS // (length * height * width))
+            for at in range(0, len(tiles), step):
+                group = tiles[at : at + step]
                 with torch.cuda.device_of(frames_THW3):  # where Triton launches its kernels
-                    moments = self._encode(torch.stack([frames_THW3[tile.start : tile.stop] for tile in group]))
+                    frames_BTHW3 = torch.stack([frames_THW3[tile.start : tile.stop] for tile in group])
+                    if tiling:
+                        moments = encode_in_tiles(self._encode, frames_BTHW3, *self.tile)
+                    else:
+                        moments = self._encode(frames_BTHW3)
                 latents += [x[tile.first :] for tile, x in zip(group, moments, strict=True)]
         latents_thwC = torch.cat(latents)
         assert len(latents_thwC) == (num_frames - 1) // VAE_TIME_COMPRESSION + 1, "every frame reaches the latents"

@@ -24,9 +24,10 @@ MODEL = model_config("t2v-lite-sft-5s", attention_type="regular", num_visual_blo
 
 
 @pytest.fixture(autouse=True)
-def same_kernels_same_bits() -> Iterator[None]:
+def same_kernels_same_bits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """cuDNN's attention sums gradients in no fixed order; under this flag FlashAttention's fixed order is used."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else the flag refuses matrix products
+    torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from k5dist.model import vae as ours
 from k5dist.model.vae import Encoder, TorchOperations, chunk_frames, time_tiles
+from k5dist.model.vae_tiles import tiling_error
 
 ROOT = Path(__file__).parents[2]
 
@@ -89,6 +90,21 @@ def test_tiles_give_each_latent_once(frames: int) -> None:
 def test_frames_that_would_be_lost_are_refused(frames: int) -> None:
     with pytest.raises(ValueError, match=rf"{frames} frames: must be 4k \+ 1"):
         time_tiles(frames, 16, 12)
+
+
+@pytest.mark.parametrize("shape", [(29, 64, 128), (5, 48, 32), (5, 80, 112)])
+def test_spatial_tiles_are_those_of_stock(shape: tuple[int, int, int]) -> None:
+    vae = make_vae()
+    frames = make_frames(*shape)
+    sides: dict[str, int] = {"tile_sample_min_height": 64, "tile_sample_min_width": 64}
+    strides: dict[str, int] = {"tile_sample_stride_height": 48, "tile_sample_stride_width": 48}
+    vae.enable_tiling(**sides, **strides)
+    expected = stock(vae, frames)
+    encoder = Encoder(vae, tiling=True)
+    check_close(encoder(frames), expected)
+    whole = encoder.encode(frames, tiling=False)
+    several = max(shape[1:]) > 64
+    assert (tiling_error(whole, encoder(frames)) > 1e-3) == several
 
 
 def test_another_tiling_is_refused() -> None:
