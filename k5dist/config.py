@@ -348,7 +348,9 @@ class RunConfig:
                 raise ConfigError(key, shown, "a configuration holds no credentials", fix)
 
     def _check_nabla(self) -> None:
-        shapes = [(data.key("resolution"), *sides) for data in self.datasets for sides in data.resolutions(self.side_unit)]
+        shapes = [
+            (data.key("resolution"), *sides) for data in self.datasets for sides in data.resolutions(self.side_unit)
+        ]
         shapes.append(("validation.resolution", *self.validation_shape[1:]))
         for key, height, width in shapes:
             check_nabla_sides(key, height, width)

@@ -209,5 +209,7 @@ def _check_captions(dataset: DatasetConfig) -> None:
         rule = "caption_strategy=instance captions every clip with instance_prompt"
         raise ConfigError(name, dataset.instance_prompt, rule, f"{name}='a photo of sks person'")
     if dataset.caption_strategy == "manifest" and dataset.source is not None and not dataset.is_manifest:
-        rule = f"only a manifest ({' '.join(MANIFEST_SUFFIXES)}) has captions of its own; the source is {dataset.source}"
+        rule = (
+            f"only a manifest ({' '.join(MANIFEST_SUFFIXES)}) has captions of its own; the source is {dataset.source}"
+        )
         raise ConfigError(key, dataset.caption_strategy, rule, f"{key}=textfile")

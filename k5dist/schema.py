@@ -72,30 +72,35 @@ def build(cls: type, mapping: Mapping[str, Any], path: str) -> Any:
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
     """`value` as `hint` says it: nested dataclasses, mappings, tuples of scalars, scalars and unions of those."""
-    if hint is Any:
-        return value
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise ConfigError(key, value, "a group of keys", f"set the keys below {key}")
         return build(typing.cast(type, hint), value, f"{key}.")
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
-        options = typing.get_args(hint)
-        if value is None and type(None) in options:
-            return None
-        for option in options:
-            if option is not type(None) and _fits(option, value):
-                return _convert(option, value, key)
-        raise ConfigError(key, value, f"must be {_describe(hint)}", f"see {key} in conf/")
+        return _convert_union(hint, value, key)
     if not _fits(hint, value):
         raise ConfigError(key, value, f"must be {_describe(hint)}", f"see {key} in conf/")
     if origin is Mapping:
         item = typing.get_args(hint)[1]
+        if item is Any:
+            return dict(value)
         return {str(name): _convert(item, child, f"{key}.{name}") for name, child in value.items()}
     if origin is tuple:
         item = typing.get_args(hint)[0]
         return tuple(_convert(item, v, f"{key}[{i}]") for i, v in enumerate(value))
     return float(value) if hint is float else value
+
+
+def _convert_union(hint: Any, value: Any, key: str) -> Any:
+    """`value` as the first of the union's types that it fits."""
+    options = typing.get_args(hint)
+    if value is None and type(None) in options:
+        return None
+    for option in options:
+        if option is not type(None) and _fits(option, value):
+            return _convert(option, value, key)
+    raise ConfigError(key, value, f"must be {_describe(hint)}", f"see {key} in conf/")
 
 
 def _fits(hint: Any, value: Any) -> bool:

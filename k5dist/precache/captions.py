@@ -57,7 +57,9 @@ def captions_of(
     empty = "its caption file is empty"
     if strategy == "json":
         return checked(_json_caption(text), empty)
-    return checked([line for line in re.split(r"\r\n|\r|\n", text) if line.strip()] if dataset.caption_lines else text, empty)
+    return checked(
+        [line for line in re.split(r"\r\n|\r|\n", text) if line.strip()] if dataset.caption_lines else text, empty
+    )
 
 
 def _json_caption(text: str) -> object:
@@ -71,7 +73,7 @@ def _json_caption(text: str) -> object:
 
 
 def checked(found: object, empty: str) -> tuple[str, ...]:
-    """A caption or a list of captions, stripped, each once; BadCaption with `empty` as its reason where none is left."""
+    """A caption or a list of captions, stripped, each once; BadCaption with the reason `empty` where none is left."""
     captions = []
     for caption in found if isinstance(found, (list, tuple)) else [found]:
         if not isinstance(caption, str):

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from k5dist import storage
 from k5dist.config import ConfigError
@@ -66,7 +66,9 @@ def _value(cell: Any) -> Any:
 def _csv(file: IO[bytes]) -> Iterator[Entry]:
     csv.field_size_limit(MAX_LINE_BYTES)  # the library's own limit would end the file at the first long caption
     # Bytes that are no UTF-8 become lone surrogates, which make a row's text invalid and no other row's.
-    rows = csv.reader(io.TextIOWrapper(_bounded(file), "utf-8-sig", errors="surrogateescape", newline=""))
+    rows = csv.reader(
+        io.TextIOWrapper(cast(io.BufferedReader, file), "utf-8-sig", errors="surrogateescape", newline="")
+    )
     header: list[str] | None = None
     while True:
         try:
@@ -80,10 +82,6 @@ def _csv(file: IO[bytes]) -> Iterator[Entry]:
             header = [name.strip() for name in cells]
         elif cells:
             yield dict(zip(header, cells, strict=False))
-
-
-def _bounded(file: IO[bytes]) -> io.BufferedIOBase:
-    return file if isinstance(file, io.BufferedIOBase) else io.BufferedReader(file)  # type: ignore[arg-type, return-value]
 
 
 def _jsonl(file: IO[bytes]) -> Iterator[Entry]:

@@ -87,7 +87,9 @@ class Listing:
 
 def _table(rows: list[tuple[Any, ...]], schema: pa.Schema) -> pa.Table:
     columns = zip(*rows, strict=True)
-    return pa.table([pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema=schema)
+    return pa.table(
+        [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema=schema
+    )
 
 
 def read_datasets(datasets: Iterable[DatasetConfig]) -> Listing:
@@ -127,7 +129,7 @@ def split_glob(source: str) -> tuple[str, str | None]:
     """The folder that a source begins with, and the pattern below it; None for a folder without one."""
     parts = source.split("/")
     first = next((at for at, part in enumerate(parts) if re.search(r"[*?\[]", part)), None)
-    if first is None or storage.is_local(source) and os.path.isdir(storage.normalise(source)):
+    if first is None or (storage.is_local(source) and os.path.isdir(storage.normalise(source))):
         return source, None
     return "/".join(parts[:first]) or ("/" if first else "."), "/".join(parts[first:])
 
@@ -155,9 +157,7 @@ def _folder_rows(dataset: DatasetConfig, source: str) -> Iterator[Row | Rejected
     yield from _mapped(row, clips, threads=dataset.captions_from in SIDECARS)
 
 
-def _mapped(
-    make: Callable[[Any], Row | Rejected], items: Iterator[Any], *, threads: bool
-) -> Iterator[Row | Rejected]:
+def _mapped(make: Callable[[Any], Row | Rejected], items: Iterator[Any], *, threads: bool) -> Iterator[Row | Rejected]:
     """`make` of each item, in order; on threads where it waits for storage."""
     if not threads:
         yield from map(make, items)

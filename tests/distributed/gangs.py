@@ -41,7 +41,10 @@ def make_run(
     if not storage.exists(storage.join(plan.cache_uri, "cache.json")):
         _write_cache(plan)
     keys = sorted(layout.samples(plan.cache_uri).keys())[:clips]
-    layout.write_selection(storage.join(plan.run_uri, layout.SELECTION), keys)
+    layout.write_selection(
+        storage.join(plan.run_uri, layout.SELECTION),
+        layout.selection(keys, captions=[[f"clip {int(key, 16)}"] for key in keys]),
+    )
     return plan
 
 
@@ -61,9 +64,8 @@ def _write_cache(plan: RunPlan, clips: int = 10) -> None:
         tensors = {"mean": mean, "logvar": torch.full_like(mean, -4.0)}
         if plan.config.flavour.task == "i2v":
             tensors |= {"first_mean": mean[:1] + 0.1, "first_logvar": torch.full_like(mean[:1], -4.0)}
-        caption = f"clip {i}"
-        columns = {"frames": bucket.frames, "height": bucket.height, "width": bucket.width, "caption": caption}
-        columns |= {"caption_key": layout.caption_key(caption), "uri": f"{i}.mp4", "start": 0.0, "end": 1.4}
+        columns = {"frames": bucket.frames, "height": bucket.height, "width": bucket.width}
+        columns |= {"frame_rate": 12.0, "crop": "center", "uri": f"{i}.mp4", "start": 0.0, "end": 1.4}
         columns["first_frame"] = "first_mean" in tensors
         records.append(Record(f"{i:032x}", _bits(tensors), columns))
     texts = []

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from k5dist.precache.manifest import read_source
 
 from k5dist import storage
 from k5dist.cache import layout
@@ -24,7 +25,6 @@ from k5dist.cache.keys import CHUNK_BYTES, WHOLE_FILE_BYTES, content_digest, key
 from k5dist.cache.order import Batch, epoch_batches, split_held_out
 from k5dist.cache.shards import Record, ShardStore, places
 from k5dist.config import ConfigError
-from k5dist.precache.manifest import read_source
 from k5dist.precache.stages import probe_row
 
 COLUMNS = {"caption": pa.string(), "frames": pa.int32()}

@@ -10,10 +10,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from k5dist.precache.manifest import Rejected, Row, read_source
 
 from k5dist import storage
 from k5dist.config import ConfigError
-from k5dist.precache.manifest import Rejected, Row, read_source
 
 ENTRIES: list[dict[str, Any]] = [
     {"uri": "one.mp4", "caption": " A cat, asleep ", "start": 1.5, "end": 3},
