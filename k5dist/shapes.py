@@ -62,7 +62,7 @@ def area_ladder(pixels: float, unit: int) -> tuple[tuple[int, int], ...]:
     Sides are multiples of `unit`, ratios lie between 1:2.2 and 2.2:1.
     """
     found: list[tuple[int, int]] = []
-    for aspect in _ASPECTS:
+    for aspect in _ASPECTS if pixels >= unit * unit else ():
         short = round((pixels / aspect) ** 0.5 / unit) * unit
         if short:
             long = short if aspect == 1 else max(short, round(pixels / short / unit) * unit)

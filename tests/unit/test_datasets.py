@@ -123,7 +123,7 @@ def test_a_ladder_has_every_aspect_at_about_one_area(pixels: float, unit: int) -
     assert len(set(ladder)) == len(ladder) >= 3
     for height, width in ladder:
         assert height % unit == width % unit == 0
-        assert abs(height * width / pixels - 1) < (0.03 if unit == 16 else 0.2)
+        assert abs(height * width / pixels - 1) < (0.07 if unit == 16 else 0.2)
         assert 1 / 2.2 <= height / width <= 2.2
         assert (width, height) in ladder
     assert area_ladder(100, unit) == ()
@@ -175,7 +175,7 @@ def test_frames_that_a_clip_has(seconds: float, rate: float, frames: int) -> Non
 
 
 def test_windows_of_a_long_clip() -> None:
-    long, rate = clip(100 / 12 + 0.001), 12  # 100 frames: five windows of 17 and 15 frames more
+    long, rate = clip(100 / 12), 12  # 100 frames: five windows of 17 and 15 frames more
     assert cuts(long, 0, None, dataset()) == [(0, 17)]
     every = cuts(long, 0, None, dataset("data.segments=all"))
     assert every == [(pytest.approx(17 * i / rate), 17) for i in range(5)]
@@ -193,9 +193,9 @@ def test_windows_of_a_long_clip() -> None:
 def test_a_short_clip_goes_to_the_largest_bucket_that_it_fills() -> None:
     short = dataset("data.bucket_strategy=resolution_frames", "data.frame_interval=4", "data.min_frames=5")
     for frames, bucket in ((40, 17), (17, 17), (16, 13), (9, 9), (5, 5)):
-        assert cuts(clip(frames / 12 + 0.001), 0, None, short) == [(0, bucket)]
+        assert cuts(clip(frames / 12), 0, None, short) == [(0, bucket)]
     with pytest.raises(Unfit, match=r"too short.*4 frames"):
-        cuts(clip(4 / 12 + 0.001), 0, None, short)
+        cuts(clip(4 / 12), 0, None, short)
 
 
 def test_clips_out_of_bounds_say_so() -> None:

@@ -43,6 +43,7 @@ def folder(root: Path, files: dict[str, str | bytes]) -> str:
 
 def manifest(root: Path, name: str, entries: list[dict[str, Any]]) -> str:
     path = root / name
+    (root / "sub").mkdir(exist_ok=True)
     if name.endswith(".jsonl"):
         path.write_text("\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries), encoding="utf-8")
     elif name.endswith(".csv"):
@@ -136,8 +137,8 @@ def test_rows_that_cannot_be_used_are_rejected_with_the_reason(tmp_path: Path, n
     rows, rejected = read_source(source)
     assert [row.captions[0] for row in rows] == ["good"]
     assert [(row.uri, row.reason.split()[-1]) for row in rejected] == [
-        ("silent.mp4", ("caption",)),
-        ("blank.mp4", ("caption",)),
+        ("silent.mp4", "caption"),
+        ("blank.mp4", "caption"),
         (f"{source}:4", "uri"),
         ("../outside.mp4", ".."),
         ("a/../../outside.mp4", ".."),
