@@ -61,7 +61,7 @@ class Validator:
             emit("validation", step=step, losses=losses)
 
     def held_out_loss(self, transformer: nn.Module) -> dict[str, float]:
-        """Mean loss over held-out clips: `loss`, `loss/sigma-k` for each fixed timestep, `loss/<dataset>` for several."""
+        """Mean loss over held-out clips: `loss`, `loss/sigma-k` for each timestep, `loss/<dataset>` for several."""
         rows, levels = self.dataset.held_out_rows, self.config.validation.timesteps
         items = [(row, level) for row in rows for level in range(levels)]
         if not items:

@@ -21,9 +21,11 @@ def read_source(source: str, **keys: Any) -> tuple[list[Row], list[Rejected]]:
     config = to_run_config(compose(["+flavour=t2v-tiny"])).to_mapping()
     config["data"] |= {"source": source, **keys}
     listing = read_datasets(RunConfig.from_mapping(config).datasets)
-    rows = [(r["uri"], tuple(r["captions"]), r["start"], r["end"]) for r in listing.rows.to_pylist()]
-    rejected = [Rejected(row["uri"], row["reason"]) for row in listing.rejected.to_pylist()]
-    return [Row(*facts, None if end < 0 else end) for *facts, end in rows], rejected
+    rows = [
+        Row(row["uri"], tuple(row["captions"]), row["start"], None if row["end"] < 0 else row["end"])
+        for row in listing.rows.to_pylist()
+    ]
+    return rows, [Rejected(row["uri"], row["reason"]) for row in listing.rejected.to_pylist()]
 
 
 ENTRIES: list[dict[str, Any]] = [
