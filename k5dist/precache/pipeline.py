@@ -152,11 +152,11 @@ def _encode_clips(plan: RunPlan, listing: Listing, summary: Summary) -> pa.Table
     by_key: dict[str, list[int]] = {}
     for at, key in enumerate(good.column("key").to_pylist()):
         by_key.setdefault(key, []).append(at)
-    _check_batch(plan, good.take([rows[0] for rows in by_key.values()]))
+    _check_batch(plan, _take(good, [rows[0] for rows in by_key.values()]))
     known = layout.samples(plan.cache_uri).keys()
     for row in good.filter(pc.field("key").isin(pa.array(list(known), pa.string()))).to_pylist():
         summary.count("cached_before", row)
-    todo = good.take([rows[0] for key, rows in by_key.items() if key not in known])
+    todo = _take(good, [rows[0] for key, rows in by_key.items() if key not in known])
     if not todo.num_rows:
         say(f"clips: all {good.num_rows} are in the cache, nothing to encode")
         return _chosen(plan, listing, good, by_key, known)
@@ -164,7 +164,7 @@ def _encode_clips(plan: RunPlan, listing: Listing, summary: Summary) -> pa.Table
 
         def count(table: pa.Table) -> None:
             for done in table.to_pylist():  # one file under two names is decoded once, and fails under both
-                twins = good.take(by_key[done["key"]]).to_pylist()
+                twins = _take(good, by_key[done["key"]]).to_pylist()
                 if done["error"]:
                     for twin in twins:
                         failure = _failure(twin | {"error": done["error"], "stage": done["stage"]})
@@ -272,6 +272,11 @@ def _clip_dataset(plan: RunPlan, todo: pa.Table) -> ray.data.Dataset:
 
 def _rows_per_shard(plan: RunPlan, row_bytes: int) -> int:
     return max(1, plan.config.precache.shard_size_mib * 2**20 // row_bytes)
+
+
+def _take(table: pa.Table, rows: list[int]) -> pa.Table:
+    """With the type said: Arrow cannot guess it of an empty list."""
+    return table.take(pa.array(rows, pa.int64()))
 
 
 def _slices(table: pa.Table, rows: int) -> list[pa.Table]:
