@@ -28,8 +28,12 @@ def flavours() -> list[str]:
 
 
 def normalise_arguments(arguments: list[str]) -> list[str]:
-    """Hydra wants the flavour appended (`+flavour=`) and exactly once; people write `flavour=`, or none."""
+    """Hydra wants the flavour appended (`+flavour=`) and exactly once; people write `flavour=`, or none.
+
+    Datasets have names that conf/ does not know: they may be set with a + and without.
+    """
     arguments = [re.sub(r"^flavour=", "+flavour=", argument) for argument in arguments]
+    arguments = [re.sub(r"^\+{0,2}(?=data\.datasets[.=])", "++", argument) for argument in arguments]
     if not any(argument.startswith("+flavour=") for argument in arguments):
         arguments.insert(0, f"+flavour={DEFAULT_FLAVOUR}")
     return arguments

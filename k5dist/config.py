@@ -10,10 +10,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from k5dist.datasets import DataConfig, DatasetConfig
 from k5dist.schema import ConfigError, build, nearest, one_of, positive
 from k5dist.shapes import (
     NABLA_BLOCK,
+    NABLA_SIDE_UNIT,
     PATCH,
+    SIDE_UNIT,
     VAE_SPACE_COMPRESSION,
     VAE_TIME_COMPRESSION,
     check_nabla_sides,
@@ -97,25 +100,6 @@ class LoraConfig:
         positive("lora.rank", self.rank)
         positive("lora.alpha", self.alpha)
         one_of("lora.targets", self.targets, ("attention", "attention+ffn"))
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    source: str | None
-    resolution: str | tuple[int, ...]
-    num_frames: int
-    frame_rate: float
-    held_out: float
-
-    def __post_init__(self) -> None:
-        check_num_frames("data.num_frames", self.num_frames)
-        positive("data.frame_rate", self.frame_rate)
-        for height, width in parse_resolution("data.resolution", self.resolution):
-            check_sides("data.resolution", height, width)
-        if not 0 <= self.held_out < 1:
-            raise ConfigError(
-                "data.held_out", self.held_out, "a share of the clips, 0 ≤ share < 1", "data.held_out=0.05"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,6 +315,8 @@ class RunConfig:
             raise ConfigError("pretrained", None, rule, "pretrained=<hub id, local folder or s3:// URI>")
         if self.model.is_sparse:
             self._check_nabla()
+        for dataset in self.datasets:
+            self._check_dataset(dataset)
         if self.model.num_heads % self.parallel.context:
             heads = self.model.num_heads
             divisors = [d for d in range(1, heads + 1) if heads % d == 0]
@@ -341,9 +327,18 @@ class RunConfig:
             rule = "the image-to-video pipeline normalises 5 latent frames after the first: at least 17 frames"
             raise ConfigError("validation.num_frames", self.validation_shape[0], rule, "validation.num_frames=17")
 
+    def _check_dataset(self, dataset: DatasetConfig) -> None:
+        """What of a dataset hangs on the model and the task."""
+        dataset.resolutions(self.side_unit)
+        if self.flavour.task == "i2v" and dataset.frame_counts[-1] == 1:
+            name = "num_frames" if dataset.num_frames == 1 else "min_frames"
+            rule = "image-to-video learns the frames after the first: samples need more than one"
+            raise ConfigError(dataset.key(name), getattr(dataset, name), rule, f"{dataset.key(name)}=17")
+
     def _check_no_credentials(self) -> None:
         """Configurations are stored and shown: a login in a URI would be, too."""
         uris = {"storage.root": self.storage.root, "tracking.uri": self.tracking.uri, "data.source": self.data.source}
+        uris |= {dataset.key("source"): dataset.source for dataset in self.datasets}
         for key, uri in {**uris, "pretrained": self.pretrained}.items():
             scheme, separator, rest = (uri or "").partition("://")
             authority = rest.split("/", 1)[0]
@@ -353,7 +348,9 @@ class RunConfig:
                 raise ConfigError(key, shown, "a configuration holds no credentials", fix)
 
     def _check_nabla(self) -> None:
-        shapes = [("data.resolution", h, w) for h, w in self.resolutions]
+        shapes = [
+            (data.key("resolution"), *sides) for data in self.datasets for sides in data.resolutions(self.side_unit)
+        ]
         shapes.append(("validation.resolution", *self.validation_shape[1:]))
         for key, height, width in shapes:
             check_nabla_sides(key, height, width)
@@ -368,11 +365,23 @@ class RunConfig:
         return self.prepares or not _LIGHT_STAGES.issuperset(self.stages)
 
     @property
+    def datasets(self) -> tuple[DatasetConfig, ...]:
+        """Every dataset with its keys resolved: those of `data.datasets`, or `main` out of `data.*`."""
+        return self.data.resolve()
+
+    @property
+    def side_unit(self) -> int:
+        """What sides of buckets must be multiples of, in pixels."""
+        return NABLA_SIDE_UNIT if self.model.is_sparse else SIDE_UNIT
+
+    @property
     def resolutions(self) -> tuple[tuple[int, int], ...]:
-        return parse_resolution("data.resolution", self.data.resolution)
+        """(height, width) of all datasets' buckets."""
+        return tuple(dict.fromkeys(sides for data in self.datasets for sides in data.resolutions(self.side_unit)))
 
     @property
     def validation_shape(self) -> tuple[int, int, int]:
         """Frames, height and width of the validation videos, in pixels."""
         height, width = self.validation.resolution or default_resolution(self.resolutions)
-        return (self.validation.num_frames or self.data.num_frames, height, width)
+        frames = self.validation.num_frames or max(dataset.num_frames for dataset in self.datasets)
+        return (frames, height, width)

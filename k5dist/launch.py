@@ -95,11 +95,17 @@ def show_plan(plan: RunPlan) -> None:
         ("time a step", _duration(costs)),
         ("cache a clip", f"{costs.sample_cache_bytes / 2**20:.1f} MiB"),
         ("fingerprints", f"cache {plan.cache_fingerprint}, run {plan.run_fingerprint}"),
-        ("data", str(config.data.source or "none named: the flavour's default bucket")),
+        ("data", _data(config)),
         ("run", plan.run_uri),
         ("tracking", plan.tracking_uri),
     ]
     show_table(f"Plan of {plan.name}", rows)
+
+
+def _data(config: RunConfig) -> str:
+    if not config.data.datasets:
+        return str(config.data.source or "none named: the flavour's default bucket")
+    return ", ".join(f"{dataset.name} ({dataset.source})" for dataset in config.datasets)
 
 
 def _count(number: int) -> str:
@@ -168,11 +174,12 @@ def _check_folder(plan: RunPlan) -> None:
 def run_plan(plan: RunPlan, resolved_yaml: str) -> int:
     from k5dist.cluster.driver import TrainingFailed, run_stages, tracked_run
     from k5dist.precache.pipeline import PrecacheError, check_source
+    from k5dist.precache.sources import Listing
     from k5dist.precache.upkeep import CacheDamaged
     from k5dist.tracking.run import TrackingUnreachable, check_tracking
 
     refuse_unfinished(plan)
-    source = check_source(plan) if plan.config.prepares else ([], [])
+    source = check_source(plan) if plan.config.prepares else Listing.of(())
     try:
         check_tracking(plan.tracking_uri)
     except TrackingUnreachable as error:

@@ -16,13 +16,14 @@ from typing import Any
 
 from k5dist import estimate, memory, storage
 from k5dist.config import ConfigError, RunConfig
+from k5dist.datasets import DatasetConfig
 from k5dist.estimate import Recompute
 from k5dist.memory import Memory
 from k5dist.shapes import Bucket
 from k5dist.world import ClusterFacts, World, make_world
 
-SCHEMA_VERSION = 2  # of plan.json
-ENCODING_VERSION = 1  # raise when equal settings give another cache
+SCHEMA_VERSION = 3  # of plan.json
+ENCODING_VERSION = 2  # raise when equal settings give another cache
 DEFAULT_BATCH = 8
 
 
@@ -93,14 +94,14 @@ def make_plan(config: RunConfig, facts: ClusterFacts, pretrained_identity: str) 
         ConfigError: where degrees, world size and batch do not fit together.
     """
     world = make_world(config, facts)
-    config = _with_batch(_with_absolute_source(config), world.data_parallel)
+    config = _with_batch(_with_absolute_sources(config), world.data_parallel)
     assert config.train.batch_size is not None
     if config.train.batch_size % world.data_parallel:
         degree = world.data_parallel
         rule = f"the global batch is split over {degree} data-parallel workers (shard × replicate)"
         near = max(degree, round(config.train.batch_size / degree) * degree)
         raise ConfigError("train.batch_size", config.train.batch_size, rule, f"train.batch_size={near}")
-    buckets = tuple(Bucket(config.data.num_frames, h, w) for h, w in config.resolutions)
+    buckets = tuple(dict.fromkeys(b for dataset in config.datasets for b in dataset.buckets(config.side_unit)))
     cache_fingerprint = _fingerprint(_cache_identity(config, pretrained_identity))
     run_fingerprint = _fingerprint({"cache": cache_fingerprint, **_run_identity(config)})
     root = storage.normalise(config.storage.root)
@@ -121,12 +122,12 @@ def make_plan(config: RunConfig, facts: ClusterFacts, pretrained_identity: str) 
     )
 
 
-def _with_absolute_source(config: RunConfig) -> RunConfig:
+def _with_absolute_sources(config: RunConfig) -> RunConfig:
     """Workers have other working folders than the person who typed a relative path."""
-    if config.data.source is None:
-        return config
-    source = storage.stable_name(config.data.source)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, source=source))
+    data = config.data
+    source = data.source and storage.stable_name(data.source)
+    named = {name: {**entry, "source": storage.stable_name(entry["source"])} for name, entry in data.datasets.items()}
+    return dataclasses.replace(config, data=dataclasses.replace(data, source=source, datasets=named))
 
 
 def _checkpoint_uri(config: RunConfig, identity: str) -> str:
@@ -143,14 +144,11 @@ def _with_batch(config: RunConfig, data_parallel: int) -> RunConfig:
 
 
 def _cache_identity(config: RunConfig, pretrained_identity: str) -> dict[str, Any]:
+    """What encodes, and how. Which clips, cuts and buckets: that is in the samples' own keys."""
     precache = config.precache
     return {
         "schema": ENCODING_VERSION,
         "pretrained": pretrained_identity,
-        "source": config.data.source and storage.stable_name(config.data.source),
-        "resolutions": config.resolutions,
-        "num_frames": config.data.num_frames,
-        "frame_rate": config.data.frame_rate,
         "first_frame": config.flavour.task == "i2v",
         "max_text_tokens": precache.max_text_tokens,
         "prompt_template": [precache.prompt_template, precache.prompt_template_start],
@@ -165,10 +163,20 @@ def _run_identity(config: RunConfig) -> dict[str, Any]:
     train = {key: value for key, value in everything["train"].items() if key not in speed}
     return {key: everything[key] for key in keys} | {
         "train": train,
+        "datasets": [_dataset_identity(config, dataset) for dataset in config.datasets],
         "held_out": config.data.held_out,
         "latents": config.precache.latents,
         "task": config.flavour.task,
     }
+
+
+def _dataset_identity(config: RunConfig, dataset: DatasetConfig) -> dict[str, Any]:
+    """A dataset's keys by what they come to, so that two spellings of one shape are one run."""
+    identity = dataclasses.asdict(dataset)
+    for name in ("own", "resolution", "resolution_type", "frame_interval", "caption_strategy"):
+        del identity[name]
+    buckets = [dataclasses.astuple(bucket) for bucket in dataset.buckets(config.side_unit)]
+    return identity | {"buckets": buckets, "captions": dataset.captions_from}
 
 
 def _fingerprint(identity: Mapping[str, Any]) -> str:

@@ -47,16 +47,21 @@ def positive(key: str, value: float) -> None:
         raise ConfigError(key, value, "a finite number greater than 0", f"{key}=1")
 
 
+def check_names(mapping: Mapping[str, Any], names: Iterable[str], path: str) -> None:
+    """Raises ConfigError, with the nearest of `names`, for a key of `mapping` that is none of them."""
+    names = tuple(names)
+    for key in mapping:
+        if key not in names:
+            near = nearest(str(key), names) or sorted(names)
+            rule = f"no such key{f' in {path[:-1]}' if path else ''}"
+            fix = "did you mean " + ", ".join(path + name for name in near) + "?"
+            raise ConfigError(f"{path}{key}", mapping[key], rule, fix)
+
+
 def build(cls: type, mapping: Mapping[str, Any], path: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
-    for key in mapping:
-        if key not in fields:
-            near = nearest(str(key), fields) or sorted(fields)
-            rule = f"no such key{f' in {path[:-1]}' if path else ''}"
-            raise ConfigError(
-                f"{path}{key}", mapping[key], rule, "did you mean " + ", ".join(path + n for n in near) + "?"
-            )
+    check_names(mapping, fields, path)
     values = {}
     for name in fields:
         if name not in mapping:
@@ -66,31 +71,43 @@ def build(cls: type, mapping: Mapping[str, Any], path: str) -> Any:
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
-    """`value` as `hint` says it: nested dataclasses, tuples of scalars, scalars and unions of those."""
+    """`value` as `hint` says it: nested dataclasses, mappings, tuples of scalars, scalars and unions of those."""
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise ConfigError(key, value, "a group of keys", f"set the keys below {key}")
         return build(typing.cast(type, hint), value, f"{key}.")
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
-        options = typing.get_args(hint)
-        if value is None and type(None) in options:
-            return None
-        for option in options:
-            if option is not type(None) and _fits(option, value):
-                return _convert(option, value, key)
-        raise ConfigError(key, value, f"must be {_describe(hint)}", f"see {key} in conf/")
+        return _convert_union(hint, value, key)
     if not _fits(hint, value):
         raise ConfigError(key, value, f"must be {_describe(hint)}", f"see {key} in conf/")
+    if origin is Mapping:
+        item = typing.get_args(hint)[1]
+        if item is Any:
+            return dict(value)
+        return {str(name): _convert(item, child, f"{key}.{name}") for name, child in value.items()}
     if origin is tuple:
         item = typing.get_args(hint)[0]
         return tuple(_convert(item, v, f"{key}[{i}]") for i, v in enumerate(value))
     return float(value) if hint is float else value
 
 
+def _convert_union(hint: Any, value: Any, key: str) -> Any:
+    """`value` as the first of the union's types that it fits."""
+    options = typing.get_args(hint)
+    if value is None and type(None) in options:
+        return None
+    for option in options:
+        if option is not type(None) and _fits(option, value):
+            return _convert(option, value, key)
+    raise ConfigError(key, value, f"must be {_describe(hint)}", f"see {key} in conf/")
+
+
 def _fits(hint: Any, value: Any) -> bool:
     if typing.get_origin(hint) is tuple:
         return isinstance(value, (list, tuple))
+    if typing.get_origin(hint) is Mapping:
+        return isinstance(value, Mapping)
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
@@ -103,6 +120,8 @@ def _describe(hint: Any) -> str:
         return " or ".join(_describe(option) for option in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
         return "a list, each item " + _describe(typing.get_args(hint)[0])
+    if typing.get_origin(hint) is Mapping:
+        return "a group of keys"
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}.get(
         hint, str(hint)
     )

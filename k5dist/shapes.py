@@ -15,6 +15,8 @@ PATCH = 2
 NABLA_BLOCK = 8  # a NABLA block is 8 × 8 tokens of one latent frame
 SIDE_UNIT = VAE_SPACE_COMPRESSION * PATCH
 NABLA_SIDE_UNIT = SIDE_UNIT * NABLA_BLOCK
+MAX_ASPECT = 2.2  # of buckets that are computed, long side by short side
+_ASPECTS = (1.0, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 2.0, MAX_ASPECT)
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,31 @@ def parse_resolution(key: str, value: str | tuple[int, ...]) -> tuple[tuple[int,
         return ((int(value[0]), int(value[1])),)
     rule = f"[height, width] in pixels, or a preset: {', '.join(RESOLUTION_PRESETS)}"
     raise ConfigError(key, value, rule, f"{key}=[512,768]")
+
+
+def area_ladder(pixels: float, unit: int) -> tuple[tuple[int, int], ...]:
+    """(height, width) of about `pixels` in every usual aspect ratio, square first; empty where none is possible.
+
+    Sides are multiples of `unit`, ratios lie between 1:2.2 and 2.2:1.
+    """
+    found: list[tuple[int, int]] = []
+    for aspect in _ASPECTS if pixels >= unit * unit else ():
+        short = round((pixels / aspect) ** 0.5 / unit) * unit
+        if short:
+            long = short if aspect == 1 else max(short, round(pixels / short / unit) * unit)
+            found += _both_ways(short, long)
+    return tuple(dict.fromkeys(found))
+
+
+def edge_ladder(short: int, unit: int) -> tuple[tuple[int, int], ...]:
+    """(height, width) with the shorter edge given, in every usual aspect ratio, square first."""
+    found = [sides for aspect in _ASPECTS for sides in _both_ways(short, round(short * aspect / unit) * unit)]
+    return tuple(dict.fromkeys(found))
+
+
+def _both_ways(short: int, long: int) -> list[tuple[int, int]]:
+    """Lying and standing, unless it is narrower than any bucket may be."""
+    return [(short, long), (long, short)] if long <= MAX_ASPECT * short else []
 
 
 def default_resolution(resolutions: tuple[tuple[int, int], ...]) -> tuple[int, int]:

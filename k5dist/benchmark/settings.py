@@ -77,5 +77,6 @@ def plan_benchmark(config: RunConfig, settings: BenchmarkSettings, facts: Cluste
         model = dataclasses.replace(model, num_visual_blocks=settings.blocks)
     batch = make_world(config, facts).data_parallel
     train = dataclasses.replace(config.train, batch_size=batch, caption_dropout=0.0)
-    data = dataclasses.replace(config.data, source=None, resolution=config.validation_shape[1:])
+    shape = {"resolution": config.validation_shape[1:], "resolution_type": "pixel", "bucket_strategy": "aspect_ratio"}
+    data = dataclasses.replace(config.data, source=None, datasets={}, **shape)
     return make_plan(dataclasses.replace(config, model=model, train=train, data=data), facts, "hub:benchmark")

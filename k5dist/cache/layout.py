@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -26,22 +27,32 @@ from k5dist.cache.keys import key_of
 from k5dist.cache.shards import ShardStore
 from k5dist.config import ConfigError
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 SELECTION = "samples.parquet"  # in a run's folder: the samples it trains on
 SAMPLE_COLUMNS = {
     "frames": pa.int32(),
     "height": pa.int32(),
     "width": pa.int32(),
-    "caption": pa.string(),
-    "caption_key": pa.string(),
     "uri": pa.string(),
     "start": pa.float64(),
     "end": pa.float64(),
+    "frame_rate": pa.float64(),
+    "crop": pa.string(),
     "first_frame": pa.bool_(),
 }
+SELECTION_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("dataset", pa.string()),
+        ("captions", pa.list_(pa.string())),
+        ("repeats", pa.int32()),
+        ("probability", pa.float64()),  # null: in every epoch
+    ]
+)
 CAPTION_COLUMNS = {"caption": pa.string(), "text_length": pa.int32()}
 FAILURE_SCHEMA = pa.schema(
     [
+        ("dataset", pa.string()),
         ("uri", pa.string()),
         ("start", pa.float64()),
         ("stage", pa.string()),
@@ -99,13 +110,49 @@ def check_header(cache_uri: str, fingerprint: str) -> None:
         raise ConfigError("stages", cache_uri, rule, "run with precache among the stages, or name another storage.root")
 
 
-def write_selection(uri: str, keys: list[str]) -> None:
-    """The keys of the samples that a run trains on, in the run's own folder."""
+def selection(
+    keys: Sequence[str],
+    *,
+    datasets: Sequence[str] | None = None,
+    captions: Sequence[Sequence[str]] | None = None,
+    repeats: Sequence[int] | None = None,
+    probability: Sequence[float | None] | None = None,
+) -> pa.Table:
+    """A run's samples, sorted by key; what is left out is one dataset whose clips have no caption and count once."""
+    count = len(keys)
+    columns = [
+        keys,
+        ["main"] * count if datasets is None else datasets,
+        [[""]] * count if captions is None else captions,
+        [1] * count if repeats is None else repeats,
+        [None] * count if probability is None else probability,
+    ]
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, SELECTION_SCHEMA, strict=True)]
+    return pa.table(arrays, schema=SELECTION_SCHEMA).sort_by("key")
+
+
+def write_selection(uri: str, table: pa.Table) -> None:
+    """The samples that a run trains on, in the run's own folder."""
     data = io.BytesIO()
-    pq.write_table(pa.table({"key": pa.array(sorted(keys), pa.string())}), data)
+    pq.write_table(table.cast(SELECTION_SCHEMA), data, compression="zstd")
     storage.publish_bytes(uri, data.getvalue())
 
 
 def read_selection(uri: str) -> list[str]:
+    """The keys of a run's samples, sorted."""
     with storage.open_read(uri) as file:
-        return pq.read_table(file).column("key").to_pylist()
+        return pq.read_table(file, columns=["key"]).column("key").to_pylist()
+
+
+def read_selected(uri: str) -> pa.Table:
+    """A run's samples with their dataset, captions, repeats and probability, sorted by key.
+
+    Raises:
+        ConfigError: where an earlier release wrote it, with keys alone.
+    """
+    with storage.open_read(uri) as file:
+        table = pq.read_table(file)
+    if table.schema.names != SELECTION_SCHEMA.names:
+        rule = "an earlier release chose this run's samples"
+        raise ConfigError("resume", uri, rule, "resume=never, or another name")
+    return table.cast(SELECTION_SCHEMA)

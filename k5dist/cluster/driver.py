@@ -20,8 +20,8 @@ from k5dist.config import ConfigError
 from k5dist.console import Bar, progress_bar, say, show_table
 from k5dist.events import parse
 from k5dist.plan import RunPlan
-from k5dist.precache.manifest import Rejected, Row
 from k5dist.precache.pipeline import precache
+from k5dist.precache.sources import Listing
 from k5dist.precache.upkeep import CacheDamaged, explain, prune_cache, verify_cache
 from k5dist.tracking.run import TrackedRun
 from k5dist.train.checkpoint import committed_steps
@@ -68,7 +68,7 @@ def tracked_run(plan: RunPlan, artifact_root: str) -> TrackedRun:
     )
 
 
-def run_stages(plan: RunPlan, tracked: TrackedRun, source: tuple[list[Row], list[Rejected]]) -> list[tuple[str, str]]:
+def run_stages(plan: RunPlan, tracked: TrackedRun, source: Listing) -> list[tuple[str, str]]:
     """Everything after planning; returns the rows of the closing summary."""
     ensure_generated(plan)
     stages = plan.config.stages
@@ -77,7 +77,7 @@ def run_stages(plan: RunPlan, tracked: TrackedRun, source: tuple[list[Row], list
     heavy = damaged or bool(set(stages) & _ON_RAY)
     with ray_session(plan.config.cluster) if heavy else contextlib.nullcontext():
         if "precache" in stages or damaged:
-            done = precache(plan, *source)
+            done = precache(plan, source)
             show_table("Precache", done.rows())
             tracked.log_metrics(done.metrics(), step=0)
             summary.append(("cache", plan.cache_uri))

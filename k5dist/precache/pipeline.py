@@ -1,4 +1,4 @@
-"""Precache: manifest → probe → decode → VAE, and captions → text encoders, streamed by Ray Data into the cache.
+"""Precache: sources → probe → decode → VAE, and captions → text encoders, streamed by Ray Data into the cache.
 
 Idempotent: what the cache holds is found by content key and left alone, so a run that died goes on where it stopped
 and a run without news encodes nothing.
@@ -7,14 +7,12 @@ and a run without news encodes nothing.
 from __future__ import annotations
 
 import collections
-import io
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 import ray
 import ray.data
 
@@ -22,84 +20,81 @@ from k5dist import storage
 from k5dist.cache import layout
 from k5dist.config import ConfigError, RunConfig
 from k5dist.console import progress_bar, say
+from k5dist.datasets import DatasetConfig
 from k5dist.estimate import sample_cache_bytes
 from k5dist.plan import RunPlan
 from k5dist.precache import stages
-from k5dist.precache.manifest import Rejected, Row, read_source
+from k5dist.precache.sources import Listing, read_datasets
+from k5dist.precache.summary import Failure, Summary, bucket_name, write_ledger
 
-Failure = tuple[str, float, str, str]  # uri, start, stage, reason
 _PROBES_PER_BLOCK = 64
+_PROBE_BLOCKS = 2048  # at most: each is an object of Ray's
 
 
 class PrecacheError(Exception):
     """Too many clips failed; the ledger says which and why."""
 
 
-@dataclass
-class Summary:
-    """What a precache saw and did."""
+def wanted_captions(config: RunConfig, *captions: pa.ChunkedArray) -> list[str]:
+    """Every text that training and validation will ask for, once each; the empty prompt is the dropped caption.
 
-    seen: int = 0
-    encoded: int = 0
-    cached_before: int = 0
-    captions_encoded: int = 0
-    failures: list[Failure] = field(default_factory=list)
-    buckets: collections.Counter[str] = field(default_factory=collections.Counter)
-
-    def rows(self) -> list[tuple[str, str]]:
-        reasons = collections.Counter(f"{stage}: {reason}" for _, _, stage, reason in self.failures)
-        rows = [
-            ("clips", f"{self.seen} seen, {self.encoded} encoded, {self.cached_before} cached before"),
-            ("captions", f"{self.captions_encoded} encoded"),
-            ("buckets", ", ".join(f"{name}: {count}" for name, count in sorted(self.buckets.items())) or "none"),
-            ("failed", str(len(self.failures))),
-        ]
-        return rows + [("", f"{count} × {reason}") for reason, count in reasons.most_common(5)]
-
-    def metrics(self) -> dict[str, float]:
-        counts = {"seen": self.seen, "encoded": self.encoded, "cached_before": self.cached_before}
-        counts |= {"captions_encoded": self.captions_encoded, "failed": len(self.failures)}
-        return {f"precache/{name}": float(count) for name, count in counts.items()}
-
-
-def wanted_captions(config: RunConfig, rows: Iterable[Row]) -> list[str]:
-    """Every text that training and validation will ask for, once each; the empty prompt is the dropped caption."""
-    texts = ["", config.validation.negative_prompt, *config.validation.prompts, *(row.caption for row in rows)]
+    `captions` are columns of lists of texts.
+    """
+    texts = ["", config.validation.negative_prompt, *config.validation.prompts]
+    for column in captions:
+        texts += pc.unique(pc.list_flatten(column)).to_pylist()
     return list(dict.fromkeys(texts))
 
 
-def check_source(plan: RunPlan) -> tuple[list[Row], list[Rejected]]:
-    """The source's rows; raises ConfigError for what can be known before anything is allocated."""
+def check_source(plan: RunPlan) -> Listing:
+    """The datasets' rows; raises ConfigError for what can be known before anything is allocated."""
     config = plan.config
-    if config.data.source is None:
-        fix = "data.source=<folder, s3:// URI or manifest of captioned clips>"
-        raise ConfigError("data.source", None, "precache needs clips", fix)
-    rows, rejected = read_source(config.data.source)
-    if "train" in config.stages and len(rows) < plan.batch_size:
-        rule = f"the dataset has {len(rows)} clips: no bucket can fill a batch"
-        raise ConfigError("train.batch_size", plan.batch_size, rule, f"train.batch_size={len(rows)} or less")
-    return rows, rejected
+    listing = read_datasets(config.datasets)
+    if "train" not in config.stages or any(dataset.segments != "first" for dataset in config.datasets):
+        return listing
+    of_dataset = {dataset.name: _times_an_epoch(dataset) for dataset in config.datasets}
+    names = pc.value_counts(listing.rows.column("dataset")).to_pylist()
+    clips = int(sum(entry["counts"] * of_dataset[entry["values"]] for entry in names) + 1e-6)
+    if clips < plan.batch_size:
+        rule = f"the dataset has {clips} clips: no bucket can fill a batch"
+        raise ConfigError("train.batch_size", plan.batch_size, rule, f"train.batch_size={max(clips, 1)} or less")
+    return listing
 
 
-def precache(plan: RunPlan, rows: list[Row], rejected: list[Rejected]) -> Summary:
-    """Bring the cache of `plan` up to date with the source. Ray must be initialised.
+def _times_an_epoch(dataset: DatasetConfig) -> float:
+    """How often a clip counts in an epoch, on average."""
+    return dataset.repeats * (1.0 if dataset.probability is None else dataset.probability)
+
+
+def precache(plan: RunPlan, listing: Listing) -> Summary:
+    """Bring the cache of `plan` up to date with its datasets. Ray must be initialised.
 
     Raises:
         PrecacheError: when more than `precache.max_failure_ratio` of the clips failed (what succeeded is kept).
     """
     ray.data.DataContext.get_current().enable_progress_bars = False
     layout.write_header(plan.cache_uri, plan.cache_fingerprint, plan.pretrained_identity)
-    summary = Summary(seen=len(rows) + len(rejected))
-    summary.failures = [(row.uri, 0.0, "manifest", row.reason) for row in rejected]
+    summary = Summary()
+    for row in listing.rejected.to_pylist():
+        summary.counts[row["dataset"], "", "seen"] += 1
+        summary.fail(Failure(row["dataset"], row["uri"], 0.0, "manifest", row["reason"]))
     encoding = ray.get(_installed_encoding.remote(plan.config))
     try:
-        _encode_captions(plan, encoding, wanted_captions(plan.config, rows), summary)
-        keys = _encode_clips(plan, rows, summary)
+        _encode_captions(plan, encoding, _all_captions(plan, listing), summary)
+        chosen = _encode_clips(plan, listing, summary)
     finally:
-        _write_ledger(plan.cache_uri, summary.failures)
+        uris = (table.column("uri").to_pylist() for table in (listing.rows, listing.rejected))
+        write_ledger(plan.cache_uri, summary.failures, {uri for column in uris for uri in column})
     _check_failures(plan.config, summary)
-    _select(plan, keys)
+    _select(plan, chosen)
     return summary
+
+
+def _all_captions(plan: RunPlan, listing: Listing) -> list[str]:
+    """Those of the data as it is now, and of the samples that the run began with."""
+    uri = storage.join(plan.run_uri, layout.SELECTION)
+    begun = [layout.read_selected(uri).column("captions")] if storage.exists(uri) else []
+    return wanted_captions(plan.config, listing.rows.column("captions"), *begun)
 
 
 @ray.remote(num_cpus=0)
@@ -146,76 +141,109 @@ def _encode_captions(plan: RunPlan, encoding: layout.TextEncoding, texts: list[s
     summary.captions_encoded = len(todo)
 
 
-def _encode_clips(plan: RunPlan, rows: list[Row], summary: Summary) -> list[str]:
-    """Returns the content keys of all rows that are in the cache in the end, in the source's order."""
-    probed = _probe(plan, rows)
-    _collect_failures(probed, summary)
-    good = [row for row in probed if not row["error"]]
-    summary.buckets.update(f"{row['frames']}×{row['height']}×{row['width']}" for row in good)
-    _check_batch(plan, summary)
+def _encode_clips(plan: RunPlan, listing: Listing, summary: Summary) -> pa.Table:
+    """Returns the selection of all samples that are in the cache in the end."""
+    probed = _probe(plan, listing)
+    for row in probed.select(["dataset", "frames", "height", "width"]).to_pylist():
+        summary.count("seen", row)
+    for row in probed.filter(pc.field("error") != "").to_pylist():
+        summary.fail(_failure(row))
+    good = probed.filter(pc.field("error") == "")
+    by_key: dict[str, list[int]] = {}
+    for at, key in enumerate(good.column("key").to_pylist()):
+        by_key.setdefault(key, []).append(at)
+    _check_batch(plan, _take(good, [rows[0] for rows in by_key.values()]))
     known = layout.samples(plan.cache_uri).keys()
-    by_key: dict[str, list[dict[str, Any]]] = {}
-    for row in good:
-        by_key.setdefault(row["key"], []).append(row)
-    todo = [rows_of_key[0] for key, rows_of_key in by_key.items() if key not in known]
-    summary.cached_before = sum(row["key"] in known for row in good)
-    if not todo:
-        say(f"clips: all {len(good)} are in the cache, nothing to encode")
-    else:
-        with progress_bar("clips", len(todo)) as bar:
+    for row in good.filter(pc.field("key").isin(pa.array(list(known), pa.string()))).to_pylist():
+        summary.count("cached_before", row)
+    todo = _take(good, [rows[0] for key, rows in by_key.items() if key not in known])
+    if not todo.num_rows:
+        say(f"clips: all {good.num_rows} are in the cache, nothing to encode")
+        return _chosen(plan, listing, good, by_key, known)
+    with progress_bar("clips", todo.num_rows) as bar:
 
-            def count(table: pa.Table) -> None:
-                finished = table.to_pylist()
-                for row in finished:  # one file under two names is decoded once, and fails under both
-                    twins = [{**twin, "error": row["error"], "stage": row["stage"]} for twin in by_key[row["key"]]]
-                    _collect_failures(twins, summary)
-                summary.encoded += sum(not row["error"] for row in finished)
-                bar.advance(len(finished))
-                _check_failures(plan.config, summary)
+        def count(table: pa.Table) -> None:
+            for done in table.to_pylist():  # one file under two names is decoded once, and fails under both
+                twins = _take(good, by_key[done["key"]]).to_pylist()
+                if done["error"]:
+                    for twin in twins:
+                        failure = _failure(twin | {"error": done["error"], "stage": done["stage"]})
+                        summary.fail(failure, bucket_name(twin))
+                else:
+                    summary.count("encoded", twins[0])
+            bar.advance(table.num_rows)
+            _check_failures(plan.config, summary)
 
-            _consume(_clip_dataset(plan, todo), count)
-        known = layout.samples(plan.cache_uri).keys()
-    return list(dict.fromkeys(row["key"] for row in good if row["key"] in known))
+        _consume(_clip_dataset(plan, todo), count)
+    return _chosen(plan, listing, good, by_key, layout.samples(plan.cache_uri).keys())
 
 
-def _check_batch(plan: RunPlan, summary: Summary) -> None:
+def _chosen(plan: RunPlan, listing: Listing, good: pa.Table, by_key: dict[str, list[int]], known: set[str]) -> pa.Table:
+    """The run's samples: those of `good` that are in the cache.
+
+    What several rows hold alike is one sample, of the dataset named first, with the captions of all of them.
+    """
+    keys = [key for key in by_key if key in known]
+    of_name = {dataset.name: dataset for dataset in plan.config.datasets}
+    names, rows = good.column("dataset").to_pylist(), good.column("row").to_pylist()
+    captions = listing.rows.column("captions").to_pylist()
+    datasets = [names[by_key[key][0]] for key in keys]
+    return layout.selection(
+        keys,
+        datasets=datasets,
+        captions=[list(dict.fromkeys(text for at in by_key[key] for text in captions[rows[at]])) for key in keys],
+        repeats=[of_name[name].repeats for name in datasets],
+        probability=[of_name[name].probability for name in datasets],
+    )
+
+
+def _check_batch(plan: RunPlan, samples: pa.Table) -> None:
     """Refuse a batch that no bucket can fill before anything is encoded; the workers count exactly."""
-    if "train" not in plan.config.stages or not summary.buckets:
+    if "train" not in plan.config.stages or not samples.num_rows:
         return
-    name, count = summary.buckets.most_common(1)[0]
+    of_dataset = {dataset.name: _times_an_epoch(dataset) for dataset in plan.config.datasets}
+    counts: dict[str, float] = collections.defaultdict(float)
+    for row in samples.select(["dataset", "frames", "height", "width"]).to_pylist():
+        counts[bucket_name(row)] += of_dataset[row["dataset"]]
+    name = max(counts, key=lambda name: counts[name])
+    count = max(1, int(counts[name] + 1e-6))
     if count < plan.batch_size:
         rule = f"a batch holds clips of one bucket, and the largest ({name}) has {count} clips"
         raise ConfigError("train.batch_size", plan.batch_size, rule, f"train.batch_size={count} or less, or more clips")
 
 
-def _probe(plan: RunPlan, rows: list[Row]) -> list[dict[str, Any]]:
-    # Arrow has no infinity of types for None: an open end is -1 from here to the index.
-    plain = [
-        {"uri": row.uri, "caption": row.caption, "start": row.start, "end": -1.0 if row.end is None else row.end}
-        | {"error": "", "stage": "", "key": "", "frames": 0, "height": 0, "width": 0}
-        for row in rows
-    ]
-    facts = {
-        "frame_rate": plan.config.data.frame_rate,
-        "pretrained": plan.pretrained_identity,
-        "first_frame": plan.config.flavour.task == "i2v",
-    }
-    buckets = [(bucket.frames, bucket.height, bucket.width) for bucket in plan.buckets]
-    dataset = ray.data.from_arrow(_slices(pa.Table.from_pylist(plain), _PROBES_PER_BLOCK)).map(
-        partial(stages.probe_row, buckets=buckets, facts=facts), num_cpus=0.5
+def _probe(plan: RunPlan, listing: Listing) -> pa.Table:
+    """One row a sample, in the order of the listing, of which `row` names the row; without the captions."""
+    config, total = plan.config, listing.rows.num_rows
+    table = listing.rows.drop_columns(["captions"]).append_column("row", pa.array(range(total), pa.int64()))
+    for name, value in (("error", ""), ("stage", ""), ("key", ""), ("crop", "")):
+        table = table.append_column(name, pa.array([value] * total, pa.string()))
+    for name in ("frames", "height", "width", "crop_seed"):
+        table = table.append_column(name, pa.array([0] * total, pa.int64()))
+    table = table.append_column("frame_rate", pa.array([0.0] * total, pa.float64()))
+    facts = {"pretrained": plan.pretrained_identity, "first_frame": config.flavour.task == "i2v"}
+    blocks = _slices(table, max(_PROBES_PER_BLOCK, -(-total // _PROBE_BLOCKS)))
+    dataset = ray.data.from_arrow(blocks).flat_map(
+        partial(
+            stages.probe_clip,
+            datasets={dataset.name: dataset for dataset in config.datasets},
+            unit=config.side_unit,
+            facts=facts,
+        ),
+        num_cpus=0.5,
     )
-    probed: list[dict[str, Any]] = []
-    with progress_bar("probe", len(rows)) as bar:
+    probed: list[pa.Table] = []
+    with progress_bar("probe", total) as bar:
 
-        def collect(table: pa.Table) -> None:
-            probed.extend(table.to_pylist())
-            bar.advance(table.num_rows)
+        def collect(part: pa.Table) -> None:
+            probed.append(part.select(table.column_names).cast(table.schema))
+            bar.advance(pc.count_distinct(part.column("row")).as_py())
 
         _consume(dataset, collect)
-    return sorted(probed, key=lambda row: (row["uri"], row["start"]))
+    return pa.concat_tables(probed).sort_by([("row", "ascending"), ("start", "ascending")])
 
 
-def _clip_dataset(plan: RunPlan, todo: list[dict[str, Any]]) -> ray.data.Dataset:
+def _clip_dataset(plan: RunPlan, todo: pa.Table) -> ray.data.Dataset:
     config = plan.config
     device, resources = _accelerator(plan)
     workers = config.precache.vae_workers or (plan.world.size if device == "cuda" else 1)
@@ -223,8 +251,8 @@ def _clip_dataset(plan: RunPlan, todo: list[dict[str, Any]]) -> ray.data.Dataset
     first_frame = config.flavour.task == "i2v"
     sample_bytes = sample_cache_bytes(config.model, largest, first_frame=first_frame, text_tokens=0)
     # A decoded clip is large (hundreds of megabytes): one row a block keeps memory in hand.
-    dataset = ray.data.from_arrow(_slices(pa.Table.from_pylist(todo), 1)).map(
-        partial(stages.decode_row, frame_rate=config.data.frame_rate),
+    dataset = ray.data.from_arrow(_slices(todo, 1)).map(
+        stages.decode_row,
         num_cpus=1,
         concurrency=config.precache.decode_workers,
     )
@@ -246,6 +274,11 @@ def _rows_per_shard(plan: RunPlan, row_bytes: int) -> int:
     return max(1, plan.config.precache.shard_size_mib * 2**20 // row_bytes)
 
 
+def _take(table: pa.Table, rows: list[int]) -> pa.Table:
+    """With the type said: Arrow cannot guess it of an empty list."""
+    return table.take(pa.array(rows, pa.int64()))
+
+
 def _slices(table: pa.Table, rows: int) -> list[pa.Table]:
     return [table.slice(at, rows) for at in range(0, table.num_rows, rows)]
 
@@ -255,41 +288,25 @@ def _consume(dataset: ray.data.Dataset, take: Callable[[pa.Table], None]) -> Non
         take(table)  # type: ignore[arg-type]
 
 
-def _collect_failures(rows: list[dict[str, Any]], summary: Summary) -> None:
-    summary.failures += [(row["uri"], row["start"], row["stage"], row["error"]) for row in rows if row["error"]]
+def _failure(row: dict[str, Any]) -> Failure:
+    return Failure(row["dataset"], row["uri"], row["start"], row["stage"], row["error"])
 
 
 def _check_failures(config: RunConfig, summary: Summary) -> None:
     limit = config.precache.max_failure_ratio
     if len(summary.failures) > limit * summary.seen:
-        uri, _, stage, reason = summary.failures[-1]
+        _, uri, _, stage, reason = summary.failures[-1]
         raise PrecacheError(
             f"{len(summary.failures)} of {summary.seen} clips failed, more than precache.max_failure_ratio={limit}; "
             f"the last: {uri}: {stage}: {reason}. All are in failures.parquet of the cache"
         )
 
 
-def _write_ledger(cache_uri: str, failures: list[Failure]) -> None:
-    """`failures.parquet` holds what fails now; `count` says in how many runs in a row."""
-    uri = layout.failures_uri(cache_uri)
-    before: dict[tuple[str, float, str], int] = {}
-    if storage.exists(uri):
-        with storage.open_read(uri) as file:
-            before = {(r["uri"], r["start"], r["stage"]): r["count"] for r in pq.read_table(file).to_pylist()}
-    rows = [
-        {"uri": uri, "start": start, "stage": stage, "reason": reason, "count": before.get((uri, start, stage), 0) + 1}
-        for uri, start, stage, reason in failures
-    ]
-    data = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=layout.FAILURE_SCHEMA), data)
-    storage.publish_bytes(uri, data.getvalue())
-
-
-def _select(plan: RunPlan, keys: list[str]) -> None:
+def _select(plan: RunPlan, chosen: pa.Table) -> None:
     """Fix the run's samples: its batch order is a function of them, so a resumed run keeps the set it began with."""
     uri = storage.join(plan.run_uri, layout.SELECTION)
     if storage.exists(uri):
-        if layout.read_selection(uri) != sorted(keys):
+        if layout.read_selected(uri) != chosen:
             say("note: the data has changed since this run began; it keeps its clips (resume=never starts anew)")
         return
-    layout.write_selection(uri, keys)
+    layout.write_selection(uri, chosen)

@@ -6,6 +6,7 @@ that one broken clip never stops the others and always reaches the ledger.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,32 +14,48 @@ import pyarrow as pa
 
 from k5dist import storage
 from k5dist.cache import layout
-from k5dist.cache.keys import content_digest, key_of
+from k5dist.cache.keys import content_digest, key_of, seed_of
 from k5dist.cache.shards import Record
+from k5dist.datasets import DatasetConfig
+from k5dist.precache.cuts import Unfit, cuts
 from k5dist.precache.video import VideoError, decode_clip, probe
 
 Rows = dict[str, Any]
 NO_FRAMES = np.zeros((0, 1, 1, 3), np.uint8)
 
 
-def probe_row(row: Rows, *, buckets: list[tuple[int, int, int]], facts: dict[str, Any]) -> Rows:
-    """Adds the sample's content key and its bucket: the one with the clip's aspect ratio most nearly."""
+def probe_clip(row: Rows, *, datasets: Mapping[str, DatasetConfig], unit: int, facts: Mapping[str, Any]) -> list[Rows]:
+    """The samples that a row gives, each with its content key and bucket; the row itself, failed, where it gives none.
+
+    `unit` is what sides of computed buckets are multiples of, `facts` what else decides how a sample is encoded.
+    """
+    dataset = datasets[row["dataset"]]
     try:
-        digest = content_digest(row["uri"])
         with storage.open_read(row["uri"]) as file:
             info = probe(file)  # type: ignore[arg-type]
+        if info.is_image and facts["first_frame"]:
+            raise Unfit("too short: an image has no frames after the first, which image-to-video learns")
+        found = cuts(info, row["start"], None if row["end"] < 0 else row["end"], dataset)
+        digest = content_digest(row["uri"])
     except VideoError as error:
-        return row | _failed(error.stage, error.reason)
+        return [row | _failed(error.stage, error.reason)]
+    except Unfit as error:
+        return [row | _failed("probe", str(error))]
     except Exception as error:
-        return row | _failed("probe", f"{type(error).__name__}: {error}")
+        return [row | _failed("probe", f"{type(error).__name__}: {error}")]
     aspect = np.log(info.width / info.height)
-    frames, height, width = min(buckets, key=lambda b: abs(np.log(b[2] / b[1]) - aspect))
-    cut = {"content": digest, "start": row["start"], "end": row["end"], "frames": frames, "height": height}
-    key = key_of(cut | {"width": width, "caption": row["caption"]} | facts)
-    return row | {"key": key, "frames": frames, "height": height, "width": width}
+    height, width = min(dataset.resolutions(unit), key=lambda sides: abs(np.log(sides[1] / sides[0]) - aspect))
+    samples = []
+    for start, frames in found:
+        # An image has no rate: the same picture at another one is the same sample.
+        cut = {"start": start, "end": row["end"], "frame_rate": 0.0 if info.is_image else dataset.frame_rate}
+        sample = cut | {"frames": frames, "height": height, "width": width, "crop": dataset.crop}
+        sample["crop_seed"] = seed_of("crop", digest, start) if dataset.crop == "random" else 0
+        samples.append(row | sample | {"key": key_of({"content": digest, **sample, **facts})})
+    return samples
 
 
-def decode_row(row: Rows, *, frame_rate: float) -> Rows:
+def decode_row(row: Rows) -> Rows:
     """Adds `pixels`, uint8 RGB [T, H, W, 3]."""
     try:
         with storage.open_read(row["uri"]) as file:
@@ -47,9 +64,11 @@ def decode_row(row: Rows, *, frame_rate: float) -> Rows:
                 start=row["start"],
                 end=None if row["end"] < 0 else row["end"],
                 num_frames=row["frames"],
-                frame_rate=frame_rate,
+                frame_rate=row["frame_rate"] or 1.0,  # an image: one frame, at its beginning
                 height=row["height"],
                 width=row["width"],
+                crop=row["crop"],
+                crop_seed=row["crop_seed"],
             )
     except VideoError as error:
         return row | _failed(error.stage, error.reason) | {"pixels": NO_FRAMES}
@@ -121,7 +140,6 @@ def write_samples(table: pa.Table, *, cache_uri: str) -> pa.Table:
             {
                 **{name: row[name] for name in columns if name in row},
                 "end": None if row["end"] < 0 else row["end"],
-                "caption_key": layout.caption_key(row["caption"]),
                 "first_frame": "first_mean" in row["names"],
             },
         )
@@ -129,7 +147,7 @@ def write_samples(table: pa.Table, *, cache_uri: str) -> pa.Table:
     ]
     if records:
         layout.samples(cache_uri).write(records)
-    return table.select(["key", "uri", "start", "error", "stage"])
+    return table.select(["key", "error", "stage"])
 
 
 def write_captions(table: pa.Table, *, cache_uri: str, encoding: layout.TextEncoding) -> pa.Table:

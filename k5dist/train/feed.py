@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from k5dist import storage
 from k5dist.cache import layout
-from k5dist.cache.order import Batch, epoch_batches, split_held_out
+from k5dist.cache.order import Batch, draw_caption, draw_key, epoch_batches, split_held_out
 from k5dist.cache.shards import Place, ShardStore, places
 from k5dist.config import ConfigError
 from k5dist.model.forward import Text
@@ -63,7 +64,10 @@ class Dataset:
     places: list[Place]
     keys: list[str]
     buckets: list[tuple[int, int, int]]
-    captions: list[str]
+    datasets: list[str]
+    captions: list[list[str]]
+    repeats: list[int]
+    probabilities: list[float | None]
     train_rows: list[int]
     held_out_rows: list[int]
     texts: TextStore
@@ -79,44 +83,74 @@ class Dataset:
         cache_uri, held_out = plan.cache_uri, plan.config.data.held_out
         layout.check_header(cache_uri, plan.cache_fingerprint)
         store = layout.samples(cache_uri)
-        table = store.index(["shard", "offset", "length", "tensors", "frames", "height", "width", "caption"])
-        table = _selected(table, plan)
+        table, selected = _selected(
+            store.index(["shard", "offset", "length", "tensors", "frames", "height", "width"]), plan
+        )
         keys = table.column("key").to_pylist()
-        sides = (table.column(name).to_pylist() for name in ("frames", "height", "width"))
         train, kept = split_held_out(keys, held_out)
-        buckets = list(zip(*sides, strict=True))
-        captions = table.column("caption").to_pylist()
         pin = plan.world.device == "cuda"
-        texts = TextStore(cache_uri, encoding, pin=pin)
-        return cls(store, places(table), keys, buckets, captions, train, kept, texts, pin)
+        return cls(
+            store=store,
+            places=places(table),
+            keys=keys,
+            buckets=list(zip(*(table.column(name).to_pylist() for name in ("frames", "height", "width")), strict=True)),
+            datasets=selected.column("dataset").to_pylist(),
+            captions=selected.column("captions").to_pylist(),
+            repeats=selected.column("repeats").to_pylist(),
+            probabilities=selected.column("probability").to_pylist(),
+            train_rows=train,
+            held_out_rows=kept,
+            texts=TextStore(cache_uri, encoding, pin=pin),
+            pin=pin,
+        )
 
     def read(self, row: int) -> Clip:
+        """A clip as validation sees it: with the first of its captions."""
+        return self._clip(row, self.keys[row], self.captions[row][0])
+
+    def read_drawn(self, row: int, copy: int, *, seed: int, epoch: int) -> Clip:
+        """One of a clip's copies as training sees it in an epoch: with the caption that is drawn for it."""
+        key = draw_key(self.keys[row], copy)
+        return self._clip(row, key, draw_caption(self.captions[row], seed=seed, epoch=epoch, key=key))
+
+    def _clip(self, row: int, key: str, caption: str) -> Clip:
         tensors = pinned(self.store.read(self.places[row]), self.pin)
         return Clip(
-            self.keys[row],
+            key,
             tensors["mean"],
             tensors["logvar"],
             tensors.get("first_mean"),
             tensors.get("first_logvar"),
-            self.texts.get(self.captions[row]),
+            self.texts.get(caption),
         )
 
     def epoch(self, epoch: int, seed: int, batch_size: int) -> list[Batch]:
         """The epoch's batches over training rows; `Batch.rows` index this dataset."""
         rows = self.train_rows
-        keys, buckets = [self.keys[r] for r in rows], [self.buckets[r] for r in rows]
-        batches = epoch_batches(keys, buckets, seed=seed, epoch=epoch, batch_size=batch_size)
-        return [Batch(tuple(rows[i] for i in batch.rows), batch.weights) for batch in batches]
+        batches = epoch_batches(
+            [self.keys[r] for r in rows],
+            [self.buckets[r] for r in rows],
+            seed=seed,
+            epoch=epoch,
+            batch_size=batch_size,
+            repeats=[self.repeats[r] for r in rows],
+            probabilities=[self.probabilities[r] for r in rows],
+        )
+        return [dataclasses.replace(batch, rows=tuple(rows[i] for i in batch.rows)) for batch in batches]
 
     def check_batch(self, batch_size: int) -> None:
-        """Raises ConfigError when no bucket has enough training clips for one whole batch."""
-        counts = collections.Counter(self.buckets[row] for row in self.train_rows)
-        if not counts:
+        """Raises ConfigError when no bucket has enough training clips for one whole batch, counted as an epoch does."""
+        expected: collections.Counter[tuple[int, int, int]] = collections.Counter()
+        for row in self.train_rows:
+            probability = self.probabilities[row]
+            expected[self.buckets[row]] += self.repeats[row] * (1.0 if probability is None else probability)  # type: ignore[assignment]
+        if not expected:
             raise ConfigError("data.source", None, "the cache holds no clip to train on", "see failures.parquet")
-        bucket, count = counts.most_common(1)[0]
+        bucket, share = expected.most_common(1)[0]
+        count = max(1, int(share + 1e-6))
         if count < batch_size:
             name = "×".join(map(str, bucket))
-            rule = f"a batch holds clips of one bucket, and the largest ({name}) has {count} training clips"
+            rule = f"a batch holds clips of one bucket, and the largest ({name}) has {count} training clips an epoch"
             raise ConfigError("train.batch_size", batch_size, rule, f"train.batch_size={count} or less, or more clips")
 
 
@@ -124,17 +158,19 @@ def pinned(tensors: dict[str, Tensor], pin: bool) -> dict[str, Tensor]:
     return {name: tensor.pin_memory() for name, tensor in tensors.items()} if pin else tensors
 
 
-def _selected(table: pa.Table, plan: RunPlan) -> pa.Table:
+def _selected(table: pa.Table, plan: RunPlan) -> tuple[pa.Table, pa.Table]:
+    """The run's samples: their rows of the cache's index and of the run's own list, both sorted by key."""
     uri = storage.join(plan.run_uri, layout.SELECTION)
     if not storage.exists(uri):
         rule = "the run has no list of its samples"
         raise ConfigError("stages", list(plan.config.stages), rule, "run with precache among the stages")
-    keys = layout.read_selection(uri)
-    table = table.filter(pc.field("key").isin(keys))
-    if table.num_rows != len(keys):
-        rule = f"{len(keys) - table.num_rows} of the run's {len(keys)} samples are not in its cache {plan.cache_uri}"
+    selected = layout.read_selected(uri)
+    table = table.filter(pc.field("key").isin(selected.column("key")))
+    missing = selected.num_rows - table.num_rows
+    if missing:
+        rule = f"{missing} of the run's {selected.num_rows} samples are not in its cache {plan.cache_uri}"
         raise ConfigError("stages", list(plan.config.stages), rule, "run with precache among the stages")
-    return table
+    return table, selected
 
 
 @dataclass
@@ -172,6 +208,9 @@ class Feed:
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
+    def _read(self, epoch: int, row: int, copy: int) -> Clip:
+        return self.dataset.read_drawn(row, copy, seed=self.seed, epoch=epoch)
+
     def _order(self) -> Iterator[tuple[int, int, bool, Batch]]:
         epoch, first = self._start
         while True:
@@ -187,7 +226,7 @@ class Feed:
         def request() -> None:
             epoch, at, last, batch = next(order)
             mine = batch.of_worker(self.rank, self.size)
-            reads = [(self._pool.submit(self.dataset.read, row), weight) for row, weight in mine]
+            reads = [(self._pool.submit(self._read, epoch, row, copy), weight) for row, copy, weight in mine]
             waiting.append((epoch, at, last, batch, reads))
 
         for _ in range(self.ahead):

@@ -5,6 +5,8 @@ Videos leave as latents: a VAE worker elsewhere decodes them, so that no VAE eve
 
 from __future__ import annotations
 
+import collections
+
 import safetensors.torch
 import torch
 import torch.distributed as dist
@@ -59,23 +61,29 @@ class Validator:
             emit("validation", step=step, losses=losses)
 
     def held_out_loss(self, transformer: nn.Module) -> dict[str, float]:
-        """Mean loss over held-out clips: `loss`, and `loss/sigma-k` for each of the fixed timesteps."""
+        """Mean loss over held-out clips: `loss`, `loss/sigma-k` for each timestep, `loss/<dataset>` for several."""
         rows, levels = self.dataset.held_out_rows, self.config.validation.timesteps
         items = [(row, level) for row in rows for level in range(levels)]
         if not items:
             return {}
-        totals = torch.zeros(levels, dtype=torch.float64, device=self.objective.device)
+        counts = collections.Counter(self.dataset.datasets[row] for row in rows)
+        names = sorted(counts)
+        totals = torch.zeros(len(names), levels, dtype=torch.float64, device=self.objective.device)
         for at, real in padded_share(items, self.rank, self.size):
             row, level = items[at]
             clip = self.dataset.read(row)
             text = clip.text.to(self.objective.device, self.objective.dtype)
             loss = self.objective.validation_loss(transformer, clip, text, level, levels)
             if real:
-                totals[level] += loss.double()
+                totals[names.index(self.dataset.datasets[row]), level] += loss.double()
         dist.all_reduce(totals)
-        means = (totals / (len(rows) * self.context)).tolist()
-        names = {f"loss/sigma-{k}": mean for k, mean in enumerate(means)}
-        return {"loss": sum(means) / levels, **names}
+        totals /= self.context
+        means = (totals.sum(0) / len(rows)).tolist()
+        losses = {"loss": sum(means) / levels} | {f"loss/sigma-{k}": mean for k, mean in enumerate(means)}
+        if len(names) > 1:
+            of_dataset = zip(names, totals.sum(1).tolist(), strict=True)
+            losses |= {f"loss/{name}": total / (counts[name] * levels) for name, total in of_dataset}
+        return losses
 
     def sample_videos(self, transformer: nn.Module, step: int) -> None:
         """Denoise every prompt (spread over the workers) and leave its latents in the run's folder."""

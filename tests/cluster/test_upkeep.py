@@ -71,7 +71,7 @@ def test_damage_is_named_mended_and_what_nobody_wants_goes(tmp_path: Path) -> No
 
     shutil.copytree(root / "runs" / "clips", root / "runs" / "other")
     shutil.rmtree(root / "runs" / "clips")
-    layout.write_selection(str(root / "runs" / "other" / layout.SELECTION), [bad])
+    layout.write_selection(str(root / "runs" / "other" / layout.SELECTION), layout.selection([bad]))
     job = jobs.run(root, *command, "name=third", "stages=[verify,prune]")
     assert job.process.returncode == 0, job.output
     assert "every record is what was written" in job.output

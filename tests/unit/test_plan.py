@@ -144,12 +144,9 @@ def fingerprints(*overrides: str, identity: str = "weights", gpus: int = 8) -> t
 
 @pytest.mark.parametrize(
     "override",
-    [
-        *("data.frame_rate=12", "data.num_frames=61", "data.resolution=[512,768]", "data.source=s3://bucket/clips"),
-        *("precache.max_text_tokens=128", "flavour.task=i2v"),
-    ],
+    ["precache.max_text_tokens=128", "flavour.task=i2v"],
 )
-def test_what_is_encoded_changes_both_fingerprints(override: str) -> None:
+def test_how_it_is_encoded_changes_both_fingerprints(override: str) -> None:
     cache, run = fingerprints(override)
     assert cache != fingerprints()[0]
     assert run != fingerprints()[1]
@@ -173,6 +170,8 @@ def test_another_checkpoint_changes_both_fingerprints() -> None:
             "train.caption_dropout=0.2",
         ),
         *("lora.rank=8", "adapter=full", "data.held_out=0.1", "precache.latents=mode", "train.timestep_shift=5"),
+        *("data.frame_rate=12", "data.num_frames=61", "data.resolution=[512,768]", "data.source=s3://bucket/clips"),
+        *("data.datasets={a:{source:s3://bucket/clips}}", "data.repeats=2", "data.crop=random"),
     ],
 )
 def test_what_is_learned_changes_only_the_runs(override: str) -> None:
@@ -226,7 +225,7 @@ def test_a_newer_plan_keeps_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_plan_of_another_version_is_refused() -> None:
     body = json.loads(planned().to_json())
-    assert body["schema_version"] == 2
+    assert body["schema_version"] == 3
     with pytest.raises(ConfigError, match="schema version"):
         RunPlan.from_json(json.dumps(body | {"schema_version": 999}))
 

@@ -111,8 +111,8 @@ def test_removed_rows_are_gone_and_all_others_stay(cache: str) -> None:
 
 def test_prune_keeps_what_a_run_was_begun_with(cache: str) -> None:
     root = cache.rsplit("/cache/", 1)[0]
-    layout.write_selection(storage.join(root, "runs", "one", layout.SELECTION), ["a"])
-    layout.write_selection(storage.join(root, "runs", "two", layout.SELECTION), ["c", "elsewhere"])
+    layout.write_selection(storage.join(root, "runs", "one", layout.SELECTION), layout.selection(["a"]))
+    layout.write_selection(storage.join(root, "runs", "two", layout.SELECTION), layout.selection(["c", "elsewhere"]))
     storage.publish_bytes(storage.join(root, "runs", "three", "plan.json"), b"{}")
     assert wanted_keys(root) == {"a", "c", "elsewhere"}
     assert prune(layout.samples(cache), wanted_keys(root)) == 2

@@ -12,14 +12,26 @@ import pyarrow.parquet as pq
 import pytest
 
 from k5dist import storage
-from k5dist.config import ConfigError
-from k5dist.precache.manifest import Rejected, Row, read_source
+from k5dist.compose import compose, to_run_config
+from k5dist.config import ConfigError, RunConfig
+from k5dist.precache.sources import Rejected, Row, read_datasets
+
+
+def read_source(source: str, **keys: Any) -> tuple[list[Row], list[Rejected]]:
+    config = to_run_config(compose(["+flavour=t2v-tiny"])).to_mapping()
+    config["data"] |= {"source": source, **keys}
+    listing = read_datasets(RunConfig.from_mapping(config).datasets)
+    rows = [
+        Row(row["uri"], tuple(row["captions"]), row["start"], None if row["end"] < 0 else row["end"])
+        for row in listing.rows.to_pylist()
+    ]
+    return rows, [Rejected(row["uri"], row["reason"]) for row in listing.rejected.to_pylist()]
+
 
 ENTRIES: list[dict[str, Any]] = [
     {"uri": "one.mp4", "caption": " A cat, asleep ", "start": 1.5, "end": 3},
     {"uri": "sub/two.mp4", "caption": "Ein Hündchen", "start": None, "end": None},
     {"uri": "s3://bucket/three.mp4", "caption": "three", "start": None, "end": None},
-    {"uri": "/clips/four.mp4", "caption": "four", "start": None, "end": None},
 ]
 
 
@@ -33,6 +45,7 @@ def folder(root: Path, files: dict[str, str | bytes]) -> str:
 
 def manifest(root: Path, name: str, entries: list[dict[str, Any]]) -> str:
     path = root / name
+    (root / "sub").mkdir(exist_ok=True)
     if name.endswith(".jsonl"):
         path.write_text("\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries), encoding="utf-8")
     elif name.endswith(".csv"):
@@ -54,7 +67,7 @@ def refusal(source: str) -> ConfigError:
 def test_a_folder_of_clips_with_captions_beside(tmp_path: Path) -> None:
     files = {"b.mp4": "", "b.txt": " second \n", "a/clip.MOV": "", "a/clip.txt": "first", "notes.md": "no clip"}
     rows, rejected = read_source(folder(tmp_path, {**files}))
-    assert rows == [Row(f"{tmp_path}/a/clip.MOV", "first"), Row(f"{tmp_path}/b.mp4", "second")]
+    assert rows == [Row(f"{tmp_path}/a/clip.MOV", ("first",)), Row(f"{tmp_path}/b.mp4", ("second",))]
     assert rejected == []
 
 
@@ -63,7 +76,7 @@ def test_a_folder_in_an_object_store() -> None:
     storage.publish_bytes(f"{root}/sub/clip.mp4", b"")
     storage.publish_bytes(f"{root}/sub/clip.txt", b"caption")
     rows, rejected = read_source(root)
-    assert rows == [Row(f"{root}/sub/clip.mp4", "caption")]
+    assert rows == [Row(f"{root}/sub/clip.mp4", ("caption",))]
     assert rejected == []
 
 
@@ -71,7 +84,7 @@ def test_clips_without_a_usable_caption_are_rejected_by_name(tmp_path: Path) -> 
     files: dict[str, str | bytes] = {"good.mp4": "", "good.txt": "good", "alone.mp4": "", "empty.mp4": ""}
     files |= {"empty.txt": " \n", "latin.mp4": "", "latin.txt": "Hündchen".encode("latin-1")}
     rows, rejected = read_source(folder(tmp_path, files))
-    assert [row.caption for row in rows] == ["good"]
+    assert [row.captions[0] for row in rows] == ["good"]
     reasons = {Path(row.uri).name: row.reason for row in rejected}
     assert set(reasons) == {"alone.mp4", "empty.mp4", "latin.mp4"}
     assert "alone.txt" in reasons["alone.mp4"]
@@ -87,10 +100,9 @@ def test_a_manifest(tmp_path: Path, name: str) -> None:
     rows, rejected = read_source(source)
     assert rejected == []
     assert rows == [
-        Row(f"{tmp_path}/one.mp4", "A cat, asleep", 1.5, 3.0),
-        Row(f"{tmp_path}/sub/two.mp4", "Ein Hündchen"),
-        Row("s3://bucket/three.mp4", "three"),
-        Row("/clips/four.mp4", "four"),
+        Row(f"{tmp_path}/one.mp4", ("A cat, asleep",), 1.5, 3.0),
+        Row(f"{tmp_path}/sub/two.mp4", ("Ein Hündchen",)),
+        Row("s3://bucket/three.mp4", ("three",)),
     ]
 
 
@@ -109,7 +121,7 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path, name: str) -> 
         source = manifest(tmp_path, name, [{**ENTRIES[0], "caption": "caption"}])
         Path(source).write_bytes(b"\xef\xbb\xbf" + Path(source).read_bytes())
     rows, _ = read_source(source)
-    assert [row.caption for row in rows] == ["caption"]
+    assert [row.captions[0] for row in rows] == ["caption"]
 
 
 @pytest.mark.parametrize("name", ["clips.jsonl", "clips.csv", "clips.parquet"])
@@ -125,7 +137,7 @@ def test_rows_that_cannot_be_used_are_rejected_with_the_reason(tmp_path: Path, n
     ]
     source = manifest(tmp_path, name, entries)
     rows, rejected = read_source(source)
-    assert [row.caption for row in rows] == ["good"]
+    assert [row.captions[0] for row in rows] == ["good"]
     assert [(row.uri, row.reason.split()[-1]) for row in rejected] == [
         ("silent.mp4", "caption"),
         ("blank.mp4", "caption"),
@@ -135,12 +147,15 @@ def test_rows_that_cannot_be_used_are_rejected_with_the_reason(tmp_path: Path, n
     ]
 
 
-@pytest.mark.parametrize("times", [{"start": "soon"}, {"end": "late"}, {"start": [1]}, {"end": {"at": 3}}])
+@pytest.mark.parametrize(
+    "times",
+    [{"start": "soon"}, {"end": "late"}, {"start": [1]}, {"end": {"at": 3}}, {"start": -1}, {"start": 3, "end": 2}],
+)
 def test_times_that_are_no_seconds_are_rejected(tmp_path: Path, times: dict[str, Any]) -> None:
     entries = [{"uri": "bad.mp4", "caption": "bad", **times}, {"uri": "good.mp4", "caption": "good"}]
     rows, rejected = read_source(manifest(tmp_path, "clips.jsonl", entries))
-    assert [row.caption for row in rows] == ["good"]
-    assert rejected == [Rejected("bad.mp4", "start and end must be seconds")]
+    assert [row.captions[0] for row in rows] == ["good"]
+    assert rejected == [Rejected("bad.mp4", "start and end must be seconds, 0 ≤ start < end")]
 
 
 def test_blank_lines_of_a_manifest_are_skipped(tmp_path: Path) -> None:
@@ -149,19 +164,118 @@ def test_blank_lines_of_a_manifest_are_skipped(tmp_path: Path) -> None:
     assert len(read_source(source)[0]) == len(ENTRIES)
 
 
-def test_a_line_that_is_no_json_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"{'uri': 1}", "not JSON"),
+        (b"[1]", "no JSON object"),
+        (b'"clip.mp4"', "no JSON object"),
+        (b'{"uri": "a.mp4", "caption": "H\xfcnd"}', "not UTF-8"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"uri": "a.mp4", "caption": "\\ud800"}', "binary"),
+        (b'{"uri": "a.mp4", "caption": "\\u0000"}', "binary"),
+        (b'{"uri": "a.mp4", "caption": 3}', "not text"),
+        (b'{"uri": "a.mp4", "caption": "' + b"x" * 2**20 + b'"}', "1,048,576 characters"),
+        (b'{"uri": "a.mp4", "caption": "' + b"x" * 20 * 2**20 + b'"}', "longer than 8 MiB"),
+        (b'{"uri": "a\\u0000.mp4", "caption": "x"}', "uri is not"),
+        (b'{"uri": "http://10.0.0.1/a.mp4", "caption": "x"}', "may not name http://"),
+        (b'{"uri": "file:///etc/a.mp4", "caption": "x"}', "outside"),
+        (b'{"uri": "/etc/passwd", "caption": "x"}', "outside"),
+        (b'{"uri": "zip://a.mp4::/etc/b.zip", "caption": "x"}', "chain"),
+        (b'{"uri": "a\\\\..\\\\..\\\\b.mp4", "caption": "x"}', ".."),
+    ],
+)
+def test_a_line_that_is_no_row_costs_no_other(tmp_path: Path, line: bytes, reason: str) -> None:
     source = manifest(tmp_path, "clips.jsonl", ENTRIES[:1])
-    Path(source).write_text(Path(source).read_text() + "\n{'uri': 1}\n")
-    error = refusal(source)
-    assert error.value == f"{source}:2"
-    assert "not JSON" in error.rule
+    good = Path(source).read_bytes()
+    Path(source).write_bytes(good + b"\r\n" + line + b"\r\n" + good + b"\n")
+    rows, rejected = read_source(source)
+    assert len(rows) == 2
+    assert len(rejected) == 1
+    assert reason in rejected[0].reason
 
 
-@pytest.mark.parametrize("line", ["[1]", '"clip.mp4"', "3"])
-def test_a_line_that_is_no_object_is_named(tmp_path: Path, line: str) -> None:
-    source = manifest(tmp_path, "clips.jsonl", ENTRIES[:1])
-    Path(source).write_text(Path(source).read_text() + f"\n{line}\n")
-    assert str(refusal(source).value) == f"{source}:2"
+def test_a_csv_of_hostile_rows(tmp_path: Path) -> None:
+    text = (
+        b"\xef\xbb\xbfuri,caption\r\na.mp4,good\r\nb.mp4,H\xfcnd\r\nc.mp4,"
+        + b"x" * 2**20
+        + b'\r\nd.mp4,"two\r\nlines"\r\n'
+    )
+    rows, rejected = read_source(folder(tmp_path, {"clips.csv": text}) + "/clips.csv")
+    assert [row.captions for row in rows] == [("good",), ("two\r\nlines",)]
+    assert ["UTF-8" in row.reason or "1,048,576" in row.reason for row in rejected] == [True, True]
+
+
+def test_nothing_outside_the_source_is_read(tmp_path: Path) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("secret")
+    files: dict[str, str | bytes] = dict.fromkeys(("good.mp4", "linked.mp4", "real/inside.mp4"), "")
+    root = Path(folder(tmp_path / "data", {**files, "good.txt": "good", "real/inside.txt": "inside"}))
+    (root / "linked.txt").symlink_to(secret)
+    (root / "loop.mp4").symlink_to("loop.mp4")
+    (root / "out.mp4").symlink_to(secret)
+    (root / "again").symlink_to(root)
+    (root / "within.mp4").symlink_to("good.mp4")
+    (root / "within.txt").write_text("within")
+    rows, rejected = read_source(str(root))
+    assert [row.captions[0] for row in rows] == ["good", "inside", "within"]
+    assert {Path(row.uri).name for row in rejected} == {"linked.mp4", "loop.mp4", "out.mp4"}
+    assert "secret" not in {row.captions[0] for row in rows}
+    entries = [{"uri": name, "caption": "x"} for name in ("out.mp4", "loop.mp4", "again/good.mp4", str(secret))]
+    rows, rejected = read_source(manifest(root, "clips.jsonl", entries))
+    assert [Path(row.uri).name for row in rows] == ["good.mp4"]
+    assert len(rejected) == 3
+
+
+def test_a_remote_manifest_names_no_local_file() -> None:
+    root = f"memory://{uuid.uuid4().hex}"
+    lines = [{"uri": uri, "caption": "x"} for uri in ("a.mp4", "/etc/passwd", "file:///etc/passwd", f"{root}/b.mp4")]
+    storage.publish_bytes(f"{root}/m.jsonl", "\n".join(map(json.dumps, lines)).encode())
+    rows, rejected = read_source(f"{root}/m.jsonl")
+    assert [row.uri for row in rows] == [f"{root}/a.mp4", f"{root}/b.mp4"]
+    assert len(rejected) == 2
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [("**/*.mp4", ["a.mp4", "sub/b.mp4", "sub/deep/c.mp4"]), ("*.mp4", ["a.mp4"]), ("s*/?.mp4", ["sub/b.mp4"])],
+)
+@pytest.mark.parametrize("place", ["local", "memory"])
+def test_a_glob_takes_what_it_matches(tmp_path: Path, place: str, pattern: str, names: list[str]) -> None:
+    root = str(tmp_path / "x") if place == "local" else f"memory://{uuid.uuid4().hex}/x"
+    for name in ("a.mp4", "a.mov", "sub/b.mp4", "sub/deep/c.mp4"):
+        storage.publish_bytes(f"{root}/{name}", b"")
+    rows, _ = read_source(f"{root}/{pattern}", caption_strategy="filename")
+    assert [row.uri for row in rows] == [f"{root}/{name}" for name in names]
+
+
+@pytest.mark.parametrize(
+    ("keys", "captions"),
+    [
+        ({}, ("first line\nsecond line",)),
+        ({"caption_lines": True}, ("first line", "second line")),
+        ({"caption_strategy": "filename"}, ("A red fox",)),
+        ({"caption_strategy": "json"}, ("one", "two")),
+        ({"caption_strategy": "instance", "instance_prompt": "sks fox"}, ("sks fox",)),
+    ],
+)
+def test_caption_strategies(tmp_path: Path, keys: dict[str, Any], captions: tuple[str, ...]) -> None:
+    name = "A_red-fox"
+    files = {
+        f"{name}.mp4": "",
+        f"{name}.txt": "first line\n\nsecond line\n",
+        f"{name}.json": '{"caption": ["one", "two"]}',
+    }
+    root = folder(tmp_path, {**files})
+    (row,), _ = read_source(root, **keys)
+    # Without empty lines, however many: only their number is not compared.
+    assert tuple(caption.replace("\n\n", "\n") for caption in row.captions) == captions
+    (row,), _ = read_source(manifest(tmp_path, "m.jsonl", [{"uri": f"{name}.mp4", "caption": ["a", "b"]}]))
+    assert row.captions == ("a", "b")
+    if keys:
+        keys = {"caption_strategy": "textfile", **keys}
+        (row,), _ = read_source(f"{tmp_path}/m.jsonl", **keys)
+        assert row.captions == captions, "a manifest's clips may have their captions beside them"
 
 
 def test_a_manifest_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
@@ -172,7 +286,7 @@ def test_a_caption_may_hold_any_character(tmp_path: Path) -> None:
     """JSON allows U+2028, U+0085 and their like inside a string, though Python calls them ends of lines."""
     caption = "one\u2028two\u0085three"
     rows, _ = read_source(manifest(tmp_path, "clips.jsonl", [{"uri": "a.mp4", "caption": caption}]))
-    assert [row.caption for row in rows] == [caption]
+    assert [row.captions[0] for row in rows] == [caption]
 
 
 @pytest.mark.parametrize("name", ["clips.jsonl", "clips.csv", "clips.parquet"])
