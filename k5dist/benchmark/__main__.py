@@ -23,7 +23,7 @@ from k5dist.config import ConfigError, RunConfig
 from k5dist.console import say, show_table
 from k5dist.plan import RunPlan
 
-COMMANDS = ("train", "load", "nabla", "vae")
+COMMANDS = ("train", "load", "nabla", "text", "vae")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -32,6 +32,11 @@ def main(arguments: Sequence[str]) -> int:
         from k5dist.benchmark.nabla import main as time_kernels
 
         time_kernels(rest)
+        return 0
+    if command == "text":
+        from k5dist.benchmark.text import main as time_text
+
+        time_text(rest)
         return 0
     if command == "vae":
         from k5dist.benchmark.vae import main as time_encoder
