@@ -114,9 +114,9 @@ def text_forward_kernel(
 
 @jit(do_not_specialize=["tokens", "length"])
 def text_dq_kernel(
-    q, k, v, grad, out, dq, lse, delta, tokens, length, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
-    stride_vb, stride_vs, stride_vh, stride_gb, stride_gs, stride_gh, stride_ob, stride_os, stride_oh,
-    scale, scale_out, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    q, k, v, grad, out, dq, lse, delta, tokens, length, stride_qb, stride_qs, stride_qh,
+    stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_gb, stride_gs, stride_gh,
+    stride_ob, stride_os, stride_oh, scale, scale_out, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """dq of one block of queries over all keys, and each row's gradient · output, which the other kernel needs, too."""
     head, block, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -178,7 +178,7 @@ def text_dkdv_kernel(
         p = tl.where(keys[:, None] < length, p, 0.0)
         dv_acc = tl.dot(p.to(q_tile.dtype), grad_tile, dv_acc, input_precision="ieee")
         dp = tl.dot(v_tile, grad_tile.T, input_precision="ieee")
-        if WHOLE:
+        if WHOLE:  # noqa: SIM108 - one line would not fit
             delta_row = tl.sum(p * dp, 0)
         else:
             delta_row = tl.load(delta + statistics + rows, mask=rows < tokens, other=0.0)
@@ -247,8 +247,8 @@ def _launch_dkdv(
     batch, tokens, heads, dim = dq_BSHD.shape
     length = inputs[1].shape[1]
     blocks = triton.cdiv(length, variant.keys)
+    # Rounded down: a program more than whole waves hold would run when all others are done.
     runs = max(1, min(PROGRAMS // (blocks * heads * batch), triton.cdiv(tokens, variant.queries)))
-    # A whole wave's worth of programs at most: one more than that would wait for all others.
     dk_BRLHD, dv_BRLHD = (lse_BHS.new_empty(batch, runs, length, heads, dim) for _ in range(2))
     text_dkdv_kernel[(blocks, heads, batch * runs)](
         *inputs, dq_BSHD, dk_BRLHD, dv_BRLHD, lse_BHS, delta_BHS, tokens, length, runs, *_strides(*inputs),

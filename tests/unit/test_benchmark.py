@@ -130,7 +130,10 @@ KNOWN = {
 def own_kernels() -> list[str]:
     """The kernels' names on a GPU are those of their functions."""
     folder = Path(k5dist.model.__file__).parent
-    sources = [(folder / name).read_text() for name in ("nabla_triton.py", "nabla_blocks_triton.py", "text_attention_triton.py")]
+    sources = [
+        (folder / name).read_text()
+        for name in ("nabla_triton.py", "nabla_blocks_triton.py", "text_attention_triton.py")
+    ]
     return [name for source in sources for name in re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE)]
 
 

@@ -106,8 +106,9 @@ def test_cross_attention_is_the_operator_in_one_graph_for_every_length(monkeypat
             torch._dynamo.maybe_mark_dynamic(text, 1)
             out = compiled(x, text=text)
             torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
-            found = torch.autograd.grad(out.sum(), list(module.parameters()))
-            for got, reference in zip(found, torch.autograd.grad(expected.sum(), list(module.parameters())), strict=True):
+            weights = list(module.parameters())
+            grads = (torch.autograd.grad(each.sum(), weights) for each in (out, expected))
+            for got, reference in zip(*grads, strict=True):
                 torch.testing.assert_close(got, reference, rtol=1e-3, atol=1e-3)
     assert counter.frame_count == 1
     assert "k5dist.text_attention" in str(counter.graphs[0].graph)
@@ -200,7 +201,7 @@ def test_the_kernels_fit_the_gpu(name: str, dim: int, tmp_path: Path) -> None:
     done = compiled_kernel(kernel, dim, kernels.DEFAULTS[name, dim], backward)
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(done.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    tool = Path(triton.__path__[0]) / "backends/nvidia/bin/cuobjdump"
     usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     counts = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     sys.stdout.write(f"{name} {dim}: {counts} shared {done.metadata.shared}\n")
