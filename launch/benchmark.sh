@@ -31,6 +31,7 @@ train() { # name, seconds at most, overrides…
 if [[ $gpus == one ]]; then
     measure nabla-kernels 300 python3 -m k5dist.benchmark nabla --out "$out/nabla-kernels.json"
     measure vae 480 python3 -m k5dist.benchmark vae --out "$out/vae.json"
+    measure text 240 python3 -m k5dist.benchmark text --out "$out/text.json"
     train pro-hd-block 240 +flavour=t2v-pro-sft-5s-hd data.num_frames=121 $HD lora.rank=32 benchmark.blocks=1 \
         benchmark.density=0.2 benchmark.baseline=diffusers
     train lite-full 420 +flavour=t2v-lite-sft-5s adapter=full $SD benchmark.baseline=diffusers

@@ -7,6 +7,7 @@ stored as JSON.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import subprocess
 import sys
@@ -23,25 +24,14 @@ from k5dist.config import ConfigError, RunConfig
 from k5dist.console import say, show_table
 from k5dist.plan import RunPlan
 
-COMMANDS = ("train", "load", "nabla", "text", "vae")
+KERNELS = ("nabla", "text_attention", "vae", "text")  # with a command line of their own: no run is configured
+COMMANDS = ("train", "load", *KERNELS)
 
 
 def main(arguments: Sequence[str]) -> int:
     command, *rest = arguments or ("",)
-    if command == "nabla":
-        from k5dist.benchmark.nabla import main as time_kernels
-
-        time_kernels(rest)
-        return 0
-    if command == "text":
-        from k5dist.benchmark.text import main as time_text
-
-        time_text(rest)
-        return 0
-    if command == "vae":
-        from k5dist.benchmark.vae import main as time_encoder
-
-        time_encoder(rest)
+    if command in KERNELS:
+        importlib.import_module(f"k5dist.benchmark.{command}").main(rest)
         return 0
     try:
         if command not in COMMANDS:

@@ -35,7 +35,8 @@ def make_qkv(tokens: int, length: int, heads: int, dim: int, dtype: torch.dtype 
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """What a benchmark times, and how its figures are counted."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from k5dist.benchmark.baseline import StockTransformer
 from k5dist.benchmark.density import with_density
 from k5dist.benchmark.settings import Benchmark, BenchmarkSettings, plan_benchmark
 from k5dist.benchmark.shares import kind_of, length, longest_kernels, shares_of, union
+from k5dist.benchmark.text import main as time_text
 from k5dist.compose import compose
 from k5dist.config import ConfigError, RunConfig
 from k5dist.model.dit import VideoTransformer
@@ -278,3 +280,12 @@ def test_a_mistake_is_one_block_and_starts_no_gang(
     assert lines[0] == "Configuration error"
     assert [line.split()[0] for line in lines[1:]] == ["key", "value", "rule", "fix"]
     assert lines[1].split() == ["key", key]
+
+
+def test_text_encoders_are_timed_and_batches_agree(tmp_path: Path) -> None:
+    time_text(["--quick", "--out", str(tmp_path / "text.json")])
+    found = json.loads((tmp_path / "text.json").read_text())
+    alone, batched = found["rows"]
+    assert (alone["batch"], batched["batch"], found["captions"]) == (1, 4, 16)
+    assert found["tokens"] > 16
+    assert 0 < batched["difference"] < 1e-5, "padding may change the rounding of fp32, and no more"
