@@ -24,7 +24,7 @@ from k5dist.config import ConfigError, RunConfig
 from k5dist.console import say, show_table
 from k5dist.plan import RunPlan
 
-KERNELS = ("nabla", "vae", "text")  # with a command line of their own: no run is configured
+KERNELS = ("nabla", "text_attention", "vae", "text")  # with a command line of their own: no run is configured
 COMMANDS = ("train", "load", *KERNELS)
 
 

@@ -1,4 +1,5 @@
-"""Self- and cross-attention of the DiT: dense through PyTorch's fused kernels, sparse through NABLA's, over one clip.
+"""Self- and cross-attention of the DiT over one clip: dense through PyTorch's fused kernels, sparse through NABLA's,
+to a text through `text_attention`'s where there are any.
 
 Shape suffixes: B batch, S tokens, H heads, D head_dim, M model_dim, E head_dim / 2.
 """
@@ -15,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from k5dist.config import ConfigError
 from k5dist.model.context import ContextGroup
 from k5dist.model.nabla import NablaParameters, nabla_attention, nabla_map
+from k5dist.model.text_attention import has_kernel, text_attention
 
 
 class Rope(NamedTuple):
@@ -108,7 +110,9 @@ class Attention(nn.Module):
         query, key = _normed(self.query_norm, query), _normed(self.key_norm, key)
         if rope is not None:
             query, key = rotate(query, rope), rotate(key, rope)
-        if self.context is None:
+        if text is not None and has_kernel(query):  # every worker of a context holds the whole text
+            out = text_attention(query, key, value)
+        elif self.context is None:
             out = attend(query, key, value, sparsity, self.kernels)
         else:
             query, key, value = (self.context.heads_for_tokens(x, num_tokens) for x in (query, key, value))

@@ -18,7 +18,8 @@ _PRODUCTS = {torch.ops.aten.mm.default: 0, torch.ops.aten.addmm.default: 1, torc
 def keep_attention(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Keep the outputs of self-attention and NABLA's map: a third to two thirds of a block's work in little memory.
 
-    Cross-attention is told by its keys, fewer than its queries; computing it again costs next to nothing.
+    Cross-attention is not kept: computing it again costs next to nothing, its output is as large as any. It is an
+    operator of its own, or told by its keys, fewer than its queries.
     """
     return _keep_if(_is_attention(op, args))
 

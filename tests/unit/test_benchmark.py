@@ -96,6 +96,7 @@ KNOWN = {
         "aten::_scaled_dot_product_flash_attention_for_cpu",
         "k5dist::nabla_attention_backward",
         "k5dist::nabla_map",
+        "k5dist::text_attention_backward",
     ],
     "linear": [
         "void gemv2T_kernel_val<int, int, float, float, float, float, 128, 16, 4, 4, false>",
@@ -128,10 +129,13 @@ KNOWN = {
 }
 
 
-def nabla_kernels() -> list[str]:
+def own_kernels() -> list[str]:
     """The kernels' names on a GPU are those of their functions."""
     folder = Path(k5dist.model.__file__).parent
-    sources = [(folder / name).read_text() for name in ("nabla_triton.py", "nabla_blocks_triton.py")]
+    sources = [
+        (folder / name).read_text()
+        for name in ("nabla_triton.py", "nabla_blocks_triton.py", "text_attention_triton.py")
+    ]
     return [name for source in sources for name in re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE)]
 
 
@@ -140,9 +144,9 @@ def test_kernels_are_told_by_their_names(kind: str, name: str) -> None:
     assert kind_of(name) == kind
 
 
-def test_nablas_kernels_are_attention() -> None:
-    names = nabla_kernels()
-    assert {"forward_kernel", "dkdv_kernel", "dq_kernel", "_keep_kernel"} <= set(names)
+def test_our_kernels_are_attention() -> None:
+    names = own_kernels()
+    assert {"forward_kernel", "dkdv_kernel", "dq_kernel", "_keep_kernel", "text_dkdv_kernel"} <= set(names)
     assert {name: kind_of(name) for name in names} == dict.fromkeys(names, "attention")
 
 
