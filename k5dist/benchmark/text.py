@@ -24,7 +24,7 @@ from torch import Tensor
 
 from k5dist.compose import compose, to_run_config
 from k5dist.console import console, say
-from k5dist.model.encoders import TextEncoders, text_encoding
+from k5dist.model.encoders import TextEncoders, text_encoding, without_head
 from k5dist.model.tiny import build_tiny_checkpoint
 
 MAX_TOKENS = 256
@@ -58,7 +58,7 @@ def _qwen(device: torch.device) -> Any:
     sizes: dict[str, Any] = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
     sizes |= {"num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064}
     sizes["rope_parameters"] = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
-    return _on(device, lambda: Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=sizes)))
+    return without_head(_on(device, lambda: Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=sizes))))
 
 
 def _clip(device: torch.device, tokenizer: Any) -> Any:

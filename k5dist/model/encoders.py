@@ -109,6 +109,12 @@ def _text_pipeline() -> Any:
     return Kandinsky5T2VPipeline(**nothing)
 
 
+def without_head(qwen: Any) -> Any:
+    """Without the layer that gives a logit to each of 152,064 words: features are the states before it."""
+    qwen.lm_head = torch.nn.Identity()
+    return qwen
+
+
 class TextEncoders:
     """Qwen2.5-VL (token features) and CLIP (pooled), driven by the inference pipeline's own `encode_prompt`."""
 
@@ -124,7 +130,7 @@ class TextEncoders:
 
         self.pipeline = _text_pipeline()
         qwen = load(Qwen2_5_VLForConditionalGeneration, "text_encoder", dtype=dtype)
-        self.pipeline.text_encoder = qwen.to(self.device).eval()
+        self.pipeline.text_encoder = without_head(qwen).to(self.device).eval()
         self.pipeline.text_encoder_2 = load(CLIPTextModel, "text_encoder_2", dtype=dtype).to(self.device).eval()
         self.pipeline.tokenizer = _TokenizerOnly(load(AutoTokenizer, "tokenizer", padding_side="right"))
         self.pipeline.tokenizer_2 = load(AutoTokenizer, "tokenizer_2")

@@ -69,6 +69,8 @@ class Offload:
     """Offloads what `num_blocks` blocks keep; each block's forward runs inside `block(number, …)`, in order."""
 
     def __init__(self, num_blocks: int, capacity: int, device: torch.device, smallest: int = SMALLEST) -> None:
+        if device.type == "cuda" and device.index is None:  # as the tensors' own devices say it
+            device = torch.device("cuda", torch.cuda.current_device())
         self.num_blocks, self.smallest, self.device = num_blocks, smallest, device
         self.memory = HostMemory(capacity, device)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None

@@ -50,7 +50,10 @@ class Job:
         raise AssertionError("the line never came:\n" + self.output)
 
     def wait(self, seconds: float = 240) -> int:
-        status = self.process.wait(timeout=seconds)
+        try:
+            status = self.process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"it still runs after {seconds} s:\n" + self.output) from None
         assert self._reader is not None
         self._reader.join(timeout=10)
         return status
