@@ -120,7 +120,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PrecacheConfig:
-    shard_size_mib: int
+    shard_size_mib: float
     max_failure_ratio: float
     text_batch_size: int
     repair: bool

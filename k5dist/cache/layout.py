@@ -5,7 +5,8 @@
       shards/*.safetensors            latents, bf16, unscaled: `mean`, `logvar` [T, H, W, 16];
                                       image-to-video also `first_mean`, `first_logvar` [1, H, W, 16]
       index/*.parquet                 one row a sample
-      captions/<encoding>/shards|index  text: `qwen` [L, in_text_dim] at its true length L, `clip` [in_text_dim2]
+      orders/*.parquet                which samples lie together, while they are being encoded (k5dist/cache/orders.py)
+      captions/<encoding>/…           the same three; text: `qwen` [L, in_text_dim] at its true length L, `clip` [in_text_dim2]
       failures.parquet                what could not be encoded, and why
 
 Captions stand apart under the key of their encoding (template, crop, length): another template encodes text again, and
@@ -23,7 +24,7 @@ import pyarrow.parquet as pq
 
 from k5dist import storage
 from k5dist.cache.keys import key_of
-from k5dist.cache.shards import ShardStore
+from k5dist.cache.shards import ShardStore, read_parquet
 from k5dist.config import ConfigError
 
 CACHE_VERSION = 1
@@ -107,5 +108,4 @@ def write_selection(uri: str, keys: list[str]) -> None:
 
 
 def read_selection(uri: str) -> list[str]:
-    with storage.open_read(uri) as file:
-        return pq.read_table(file).column("key").to_pylist()
+    return read_parquet(uri).column("key").to_pylist()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,12 +19,14 @@ import ray
 import ray.data
 
 from k5dist import storage
-from k5dist.cache import layout
+from k5dist.cache import layout, orders
+from k5dist.cache.shards import read_parquet
 from k5dist.config import ConfigError, RunConfig
 from k5dist.console import progress_bar, say
 from k5dist.estimate import sample_cache_bytes
 from k5dist.plan import RunPlan
-from k5dist.precache import stages
+from k5dist.precache import stages, stream
+from k5dist.precache.attempts import Attempts
 from k5dist.precache.manifest import Rejected, Row, read_source
 
 Failure = tuple[str, float, str, str]  # uri, start, stage, reason
@@ -87,7 +89,7 @@ def precache(plan: RunPlan, rows: list[Row], rejected: list[Rejected]) -> Summar
     Raises:
         PrecacheError: when more than `precache.max_failure_ratio` of the clips failed (what succeeded is kept).
     """
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    stream.prepare()
     layout.write_header(plan.cache_uri, plan.cache_fingerprint, plan.pretrained_identity)
     summary = Summary(seen=len(rows) + len(rejected))
     summary.failures = [(row.uri, 0.0, "manifest", row.reason) for row in rejected]
@@ -117,33 +119,36 @@ def _accelerator(plan: RunPlan) -> tuple[str, dict[str, Any]]:
 
 def _encode_captions(plan: RunPlan, encoding: layout.TextEncoding, texts: list[str], summary: Summary) -> None:
     store = layout.captions(plan.cache_uri, encoding)
-    known = store.keys()
-    todo = [text for text in texts if layout.caption_key(text) not in known]
-    if not todo:
-        say(f"captions: all {len(texts)} are in the cache, nothing to encode")
-        return
     config = plan.config.precache
+    batch, row_bytes = config.text_batch_size, 2 * config.max_text_tokens * plan.config.model.in_text_dim
+    # Captions of about one length make batches with little padding. A batch's padding shows in the last bits of its
+    # features: the orders fix batches as well as shards.
+    rows = {layout.caption_key(text): {"caption": text} for text in sorted(texts, key=lambda text: (len(text), text))}
+    known, groups = orders.settle(store, list(rows), _whole_batches(_rows_per_shard(plan, row_bytes), batch))
+    if not groups:
+        say(f"captions: all {len(texts)} are in the cache, nothing to encode")
+        orders.finish(store, known)
+        return
+    todo = sum(key is not None for group in groups for key in group)
     device, resources = _accelerator(plan)
-    # Captions of about one length make batches with little padding.
-    todo.sort(key=len)
-    table = pa.table({"key": [layout.caption_key(text) for text in todo], "caption": todo})
-    dataset = ray.data.from_arrow(_slices(table, config.text_batch_size)).map_batches(
+    table, length = stream.grouped({key: {"key": key, **row} for key, row in rows.items()}, groups, multiple=batch)
+    dataset = ray.data.from_arrow(stream.slices(table, batch)).map_batches(
         stages.TextStage,
-        batch_size=config.text_batch_size,
+        batch_size=batch,
         fn_constructor_args=(plan.pretrained, device, encoding),
         compute=ray.data.ActorPoolStrategy(size=1),
         **resources,
     )
-    row_bytes = 2 * config.max_text_tokens * plan.config.model.in_text_dim
     dataset = dataset.map_batches(
         partial(stages.write_captions, cache_uri=plan.cache_uri, encoding=encoding),
         batch_format="pyarrow",
-        batch_size=_rows_per_shard(plan, row_bytes),
+        batch_size=length,
         num_cpus=0.25,
     )
-    with progress_bar("captions", len(todo)) as bar:
-        _consume(dataset, lambda table: bar.advance(table.num_rows))
-    summary.captions_encoded = len(todo)
+    with progress_bar("captions", todo) as bar:
+        stream.consume(dataset, lambda table: bar.advance(table.num_rows))
+    orders.finish(store, known | rows.keys())
+    summary.captions_encoded = todo
 
 
 def _encode_clips(plan: RunPlan, rows: list[Row], summary: Summary) -> list[str]:
@@ -153,14 +158,16 @@ def _encode_clips(plan: RunPlan, rows: list[Row], summary: Summary) -> list[str]
     good = [row for row in probed if not row["error"]]
     summary.buckets.update(f"{row['frames']}×{row['height']}×{row['width']}" for row in good)
     _check_batch(plan, summary)
-    known = layout.samples(plan.cache_uri).keys()
+    store = layout.samples(plan.cache_uri)
     by_key: dict[str, list[dict[str, Any]]] = {}
     for row in good:
         by_key.setdefault(row["key"], []).append(row)
-    todo = [rows_of_key[0] for key, rows_of_key in by_key.items() if key not in known]
+    known, groups = orders.settle(store, list(by_key), _rows_per_shard(plan, _sample_bytes(plan)))
+    todo = {key: by_key[key][0] for group in groups for key in group if key is not None}
     summary.cached_before = sum(row["key"] in known for row in good)
     if not todo:
         say(f"clips: all {len(good)} are in the cache, nothing to encode")
+        orders.finish(store, known)
     else:
         with progress_bar("clips", len(todo)) as bar:
 
@@ -173,8 +180,9 @@ def _encode_clips(plan: RunPlan, rows: list[Row], summary: Summary) -> list[str]
                 bar.advance(len(finished))
                 _check_failures(plan.config, summary)
 
-            _consume(_clip_dataset(plan, todo), count)
-        known = layout.samples(plan.cache_uri).keys()
+            stream.consume(_clip_dataset(plan, todo, groups), count)
+        known = store.keys()
+        orders.finish(store, known | by_key.keys())
     return list(dict.fromkeys(row["key"] for row in good if row["key"] in known))
 
 
@@ -201,8 +209,8 @@ def _probe(plan: RunPlan, rows: list[Row]) -> list[dict[str, Any]]:
         "first_frame": plan.config.flavour.task == "i2v",
     }
     buckets = [(bucket.frames, bucket.height, bucket.width) for bucket in plan.buckets]
-    dataset = ray.data.from_arrow(_slices(pa.Table.from_pylist(plain), _PROBES_PER_BLOCK)).map(
-        partial(stages.probe_row, buckets=buckets, facts=facts), num_cpus=0.5
+    dataset = ray.data.from_arrow(stream.slices(pa.Table.from_pylist(plain), _PROBES_PER_BLOCK)).map(
+        partial(stages.probe_row, buckets=buckets, facts=facts, attempts=Attempts()), num_cpus=0.5
     )
     probed: list[dict[str, Any]] = []
     with progress_bar("probe", len(rows)) as bar:
@@ -211,48 +219,48 @@ def _probe(plan: RunPlan, rows: list[Row]) -> list[dict[str, Any]]:
             probed.extend(table.to_pylist())
             bar.advance(table.num_rows)
 
-        _consume(dataset, collect)
+        stream.consume(dataset, collect)
     return sorted(probed, key=lambda row: (row["uri"], row["start"]))
 
 
-def _clip_dataset(plan: RunPlan, todo: list[dict[str, Any]]) -> ray.data.Dataset:
+def _clip_dataset(plan: RunPlan, todo: dict[str, dict[str, Any]], groups: list[orders.Group]) -> ray.data.Dataset:
     config = plan.config
     device, resources = _accelerator(plan)
     workers = config.precache.vae_workers or (plan.world.size if device == "cuda" else 1)
-    largest = max(plan.buckets, key=lambda bucket: bucket.tokens)
-    first_frame = config.flavour.task == "i2v"
-    sample_bytes = sample_cache_bytes(config.model, largest, first_frame=first_frame, text_tokens=0)
+    first_frame, attempts = config.flavour.task == "i2v", Attempts()
+    table, length = stream.grouped(todo, groups)
     # A decoded clip is large (hundreds of megabytes): one row a block keeps memory in hand.
-    dataset = ray.data.from_arrow(_slices(pa.Table.from_pylist(todo), 1)).map(
-        partial(stages.decode_row, frame_rate=config.data.frame_rate),
+    dataset = ray.data.from_arrow(stream.slices(table, 1)).map(
+        partial(stages.decode_row, frame_rate=config.data.frame_rate, attempts=attempts),
         num_cpus=1,
         concurrency=config.precache.decode_workers,
     )
     dataset = dataset.map(
         stages.VaeStage,  # type: ignore[arg-type]  (Ray Data's map takes classes, its annotation functions)
-        fn_constructor_args=(plan.pretrained, device, first_frame),
+        fn_constructor_args=(plan.pretrained, device, first_frame, attempts),
         compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
         **resources,
     )
     return dataset.map_batches(
         partial(stages.write_samples, cache_uri=plan.cache_uri),
         batch_format="pyarrow",
-        batch_size=_rows_per_shard(plan, sample_bytes),
+        batch_size=length,
         num_cpus=0.25,
     )
 
 
+def _sample_bytes(plan: RunPlan) -> int:
+    largest = max(plan.buckets, key=lambda bucket: bucket.tokens)
+    first_frame = plan.config.flavour.task == "i2v"
+    return sample_cache_bytes(plan.config.model, largest, first_frame=first_frame, text_tokens=0)
+
+
 def _rows_per_shard(plan: RunPlan, row_bytes: int) -> int:
-    return max(1, plan.config.precache.shard_size_mib * 2**20 // row_bytes)
+    return max(1, int(plan.config.precache.shard_size_mib * 2**20 // row_bytes))
 
 
-def _slices(table: pa.Table, rows: int) -> list[pa.Table]:
-    return [table.slice(at, rows) for at in range(0, table.num_rows, rows)]
-
-
-def _consume(dataset: ray.data.Dataset, take: Callable[[pa.Table], None]) -> None:
-    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-        take(table)  # type: ignore[arg-type]
+def _whole_batches(rows: int, batch: int) -> int:
+    return -(-rows // batch) * batch
 
 
 def _collect_failures(rows: list[dict[str, Any]], summary: Summary) -> None:
@@ -274,8 +282,7 @@ def _write_ledger(cache_uri: str, failures: list[Failure]) -> None:
     uri = layout.failures_uri(cache_uri)
     before: dict[tuple[str, float, str], int] = {}
     if storage.exists(uri):
-        with storage.open_read(uri) as file:
-            before = {(r["uri"], r["start"], r["stage"]): r["count"] for r in pq.read_table(file).to_pylist()}
+        before = {(r["uri"], r["start"], r["stage"]): r["count"] for r in read_parquet(uri).to_pylist()}
     rows = [
         {"uri": uri, "start": start, "stage": stage, "reason": reason, "count": before.get((uri, start, stage), 0) + 1}
         for uri, start, stage, reason in failures

@@ -1,11 +1,14 @@
 """What runs inside Ray Data's workers: probe, decode, the VAE, the text encoders, the shard writers.
 
 A row is a plain dict all the way. A row that fails keeps going with `error` and `stage` set and without its payload, so
-that one broken clip never stops the others and always reaches the ledger.
+that one broken clip never stops the others and always reaches the ledger. Storage that does not answer is no clip's
+fault: StorageUnavailable goes up and ends the job.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,18 +18,45 @@ from k5dist import storage
 from k5dist.cache import layout
 from k5dist.cache.keys import content_digest, key_of
 from k5dist.cache.shards import Record
+from k5dist.precache.attempts import Attempts
+from k5dist.precache.stream import PADDING, is_padding, one_group
 from k5dist.precache.video import VideoError, decode_clip, probe
+from k5dist.retry import StorageUnavailable
 
 Rows = dict[str, Any]
+_SHAPES = pa.list_(pa.list_(pa.int64()))
 NO_FRAMES = np.zeros((0, 1, 1, 3), np.uint8)
 
 
-def probe_row(row: Rows, *, buckets: list[tuple[int, int, int]], facts: dict[str, Any]) -> Rows:
+def _guarded(row: Rows, stage: str, attempts: Attempts | None, work: Callable[[Rows], Rows], lost: Rows) -> Rows:
+    """`work(row)`; for a row that is nothing, has failed, or killed its worker too often only `lost`, the payload."""
+    if row["error"] or is_padding(row):
+        return row | lost
+    if attempts is None:
+        return work(row)
+    reason = attempts.begin(stage, row)
+    if reason:
+        return row | lost | _failed(stage, reason)
+    try:
+        return work(row)
+    finally:
+        attempts.end(stage, row)
+
+
+def probe_row(
+    row: Rows, *, buckets: list[tuple[int, int, int]], facts: dict[str, Any], attempts: Attempts | None = None
+) -> Rows:
     """Adds the sample's content key and its bucket: the one with the clip's aspect ratio most nearly."""
+    return _guarded(row, "probe", attempts, partial(_probe, buckets=buckets, facts=facts), {})
+
+
+def _probe(row: Rows, *, buckets: list[tuple[int, int, int]], facts: dict[str, Any]) -> Rows:
     try:
         digest = content_digest(row["uri"])
         with storage.open_read(row["uri"]) as file:
             info = probe(file)  # type: ignore[arg-type]
+    except StorageUnavailable:
+        raise
     except VideoError as error:
         return row | _failed(error.stage, error.reason)
     except Exception as error:
@@ -38,8 +68,12 @@ def probe_row(row: Rows, *, buckets: list[tuple[int, int, int]], facts: dict[str
     return row | {"key": key, "frames": frames, "height": height, "width": width}
 
 
-def decode_row(row: Rows, *, frame_rate: float) -> Rows:
+def decode_row(row: Rows, *, frame_rate: float, attempts: Attempts | None = None) -> Rows:
     """Adds `pixels`, uint8 RGB [T, H, W, 3]."""
+    return _guarded(row, "decode", attempts, partial(_decode, frame_rate=frame_rate), {"pixels": NO_FRAMES})
+
+
+def _decode(row: Rows, *, frame_rate: float) -> Rows:
     try:
         with storage.open_read(row["uri"]) as file:
             pixels = decode_clip(
@@ -51,6 +85,8 @@ def decode_row(row: Rows, *, frame_rate: float) -> Rows:
                 height=row["height"],
                 width=row["width"],
             )
+    except StorageUnavailable:
+        raise
     except VideoError as error:
         return row | _failed(error.stage, error.reason) | {"pixels": NO_FRAMES}
     except Exception as error:
@@ -61,17 +97,18 @@ def decode_row(row: Rows, *, frame_rate: float) -> Rows:
 class VaeStage:
     """An actor with the VAE: `pixels` → the posterior as bf16 bits, for image-to-video also the first frame's alone."""
 
-    def __init__(self, pretrained: str, device: str, first_frame: bool) -> None:
+    def __init__(self, pretrained: str, device: str, first_frame: bool, attempts: Attempts | None = None) -> None:
         from k5dist.model.encoders import VideoAutoencoder, to_bits
 
         self.vae, self.to_bits = VideoAutoencoder(pretrained, device), to_bits
-        self.first_frame = first_frame
+        self.first_frame, self.attempts = first_frame, attempts
 
     def __call__(self, row: Rows) -> Rows:
         pixels = row.pop("pixels")
-        nothing = {"tensors": [], "shapes": [], "names": []}
-        if row["error"]:
-            return row | nothing
+        nothing: Rows = {"tensors": [], "shapes": [], "names": []}
+        return _guarded(row, "vae", self.attempts, partial(self._encode, pixels=pixels, nothing=nothing), nothing)
+
+    def _encode(self, row: Rows, *, pixels: np.ndarray, nothing: Rows) -> Rows:
         try:
             posterior = dict(zip(("mean", "logvar"), self.vae.encode(pixels), strict=True))
             if self.first_frame:
@@ -95,15 +132,17 @@ class TextStage:
         self.encoders, self.to_bits = TextEncoders(pretrained, encoding, device), to_bits
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        features = self.encoders.encode([str(caption) for caption in batch["caption"]])
-        bits = [(self.to_bits(qwen), self.to_bits(clip)) for qwen, clip in features]
+        real = [str(caption) for key, caption in zip(batch["key"], batch["caption"], strict=True) if key != PADDING]
+        features = iter(self.encoders.encode(real) if real else [])
+        bits = [[self.to_bits(tensor) for tensor in next(features)] if key != PADDING else [] for key in batch["key"]]
         table = pa.table(
             {
                 "key": pa.array([str(key) for key in batch["key"]]),
                 "caption": pa.array([str(caption) for caption in batch["caption"]]),
-                "names": pa.array([["qwen", "clip"]] * len(bits)),
-                "tensors": pa.array([[qwen.tobytes(), clip.tobytes()] for qwen, clip in bits]),
-                "shapes": pa.array([[list(qwen.shape), list(clip.shape)] for qwen, clip in bits]),
+                "group": pa.array(batch["group"].tolist(), pa.int64()),
+                "names": pa.array([["qwen", "clip"][: len(row)] for row in bits], pa.list_(pa.string())),
+                "tensors": pa.array([[array.tobytes() for array in row] for row in bits], pa.list_(pa.binary())),
+                "shapes": pa.array([[list(array.shape) for array in row] for row in bits], _SHAPES),
             }
         )
         return table  # type: ignore[return-value]  (Ray Data takes Arrow tables as well)
@@ -111,6 +150,7 @@ class TextStage:
 
 def write_samples(table: pa.Table, *, cache_uri: str) -> pa.Table:
     """One shard of the rows that have tensors; passes on what a summary needs of every row."""
+    table = one_group(table)
     columns = list(layout.SAMPLE_COLUMNS)
     rows = table.to_pylist()
     good = [row for row in rows if not row["error"]]
@@ -133,6 +173,7 @@ def write_samples(table: pa.Table, *, cache_uri: str) -> pa.Table:
 
 
 def write_captions(table: pa.Table, *, cache_uri: str, encoding: layout.TextEncoding) -> pa.Table:
+    table = one_group(table)
     records = [
         Record(row["key"], _arrays(row), {"caption": row["caption"], "text_length": row["shapes"][0][0]})
         for row in table.to_pylist()
