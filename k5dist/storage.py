@@ -62,7 +62,7 @@ def filesystem(uri: str) -> tuple[Any, str]:
     scheme = uri.split("://", 1)[0]
     options: dict[str, Any] = {"use_listings_cache": False}
     if scheme in ("s3", "s3a"):
-        # A few quick retries of one request (of many that make up an upload or a listing); the patience is `patiently`'s.
+        # A few quick retries of one request of the many that make an upload or a listing; `patiently` has the patience.
         retries = {"mode": "standard", "max_attempts": 4}
         options["config_kwargs"] = {"retries": retries, "connect_timeout": 10, "read_timeout": 60}
     fs = fsspec.filesystem(scheme, **options)

@@ -25,7 +25,7 @@ class Attempts:
 
     def begin(self, stage: str, row: dict[str, Any]) -> str | None:
         """Why this row must not be tried again, if so."""
-        deaths = ray.get(self._actor.begin.remote(_work(stage, row)))
+        deaths: Any = ray.get(self._actor.begin.remote(_work(stage, row)))
         if deaths < MAX_DEATHS:
             return None
         return f"its worker died {deaths} times (killed, out of memory, or a fault in a codec)"
