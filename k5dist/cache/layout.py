@@ -6,7 +6,7 @@
                                       image-to-video also `first_mean`, `first_logvar` [1, H, W, 16]
       index/*.parquet                 one row a sample
       orders/*.parquet                which samples lie together, while they are being encoded (k5dist/cache/orders.py)
-      captions/<encoding>/…           the same three; `qwen` [L, in_text_dim] at its true length L, `clip` [in_text_dim2]
+      captions/<encoding>/…           the same three; `qwen` [L, in_text_dim] of true length L, `clip` [in_text_dim2]
       failures.parquet                what could not be encoded, and why
 
 Captions stand apart under the key of their encoding (template, crop, length): another template encodes text again, and

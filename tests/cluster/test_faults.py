@@ -17,7 +17,7 @@ from tests.cluster.s3 import BUCKET, server
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 CLIPS = 30
 COMMAND = (
-    *("+flavour=t2v-tiny", "stages=[plan,precache]", "name=clips", "train.batch_size=1"),
+    *("+flavour=t2v-tiny", "stages=[plan,precache]", "name=clips"),
     # Four clips a shard; decoding apart from the VAE's actor, as it is on a machine with GPUs.
     *("precache.shard_size_mib=0.12", "precache.text_batch_size=4", "precache.decode_workers=1"),
 )
