@@ -43,7 +43,7 @@ class FaultyProxy:
                     return super().handle_one_request()
                 self.close_connection = True
 
-            def log_message(self, *_: object) -> None: ...
+            def log_message(self, format: str, *args: object) -> None: ...
 
             def do_GET(self) -> None:
                 proxy.answer(self)
@@ -178,10 +178,10 @@ def make_slow_clip(path: Path) -> None:
     encode_mp4(frames, path, frame_rate=24)
 
 
-def kill_who_opens(job: Job, path: Path, mark: str, title: str) -> int:
-    """Until the job ends: SIGKILL to every worker that runs `title` and has `path` open; how many there were."""
+def kill_who_opens(job: Job, path: Path, mark: str, title: str, most: int) -> int:
+    """SIGKILL to every worker that runs `title` and has `path` open, until the job ends or `most` are dead; how many."""
     killed: set[int] = set()
-    while job.process.poll() is None:
+    while job.process.poll() is None and len(killed) < most:
         for process in workers(mark, title):
             if process.pid not in killed and _opened(process, path):
                 killed.update([process.pid] if kill([process]) else [])
