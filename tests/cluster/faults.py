@@ -179,7 +179,7 @@ def make_slow_clip(path: Path) -> None:
 
 
 def kill_who_opens(job: Job, path: Path, mark: str, title: str, most: int) -> int:
-    """SIGKILL to every worker that runs `title` and has `path` open, until the job ends or `most` are dead; how many."""
+    """SIGKILL to every worker that runs `title` and has `path` open, until it ends or `most` are dead; how many."""
     killed: set[int] = set()
     while job.process.poll() is None and len(killed) < most:
         for process in workers(mark, title):

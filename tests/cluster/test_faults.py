@@ -142,7 +142,6 @@ def test_a_lost_node_is_done_without(
 
 def test_two_jobs_at_once_write_the_same_shards(place: Place, undisturbed: dict[str, str]) -> None:
     """The second comes when the first has written some: it takes over the first one's groups for the rest."""
-    place.run("both", "stages=[plan]")
     first = place.start("both")
     faults.wait_until(first, lambda: list(place.root("both").glob("cache/*/orders/*")), "an order")
     second = place.start("both", "name=other")
