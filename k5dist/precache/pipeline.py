@@ -28,6 +28,7 @@ from k5dist.plan import RunPlan
 from k5dist.precache import stages, stream
 from k5dist.precache.attempts import Attempts
 from k5dist.precache.manifest import Rejected, Row, read_source
+from k5dist.retry import StorageUnavailable
 
 Failure = tuple[str, float, str, str]  # uri, start, stage, reason
 _PROBES_PER_BLOCK = 64
@@ -97,8 +98,11 @@ def precache(plan: RunPlan, rows: list[Row], rejected: list[Rejected]) -> Summar
     try:
         _encode_captions(plan, encoding, wanted_captions(plan.config, rows), summary)
         keys = _encode_clips(plan, rows, summary)
-    finally:
-        _write_ledger(plan.cache_uri, summary.failures)
+    except BaseException as error:
+        if not isinstance(error, StorageUnavailable):  # the ledger would only wait for it once more
+            _write_ledger(plan.cache_uri, summary.failures)
+        raise
+    _write_ledger(plan.cache_uri, summary.failures)
     _check_failures(plan.config, summary)
     _select(plan, keys)
     return summary
@@ -135,7 +139,7 @@ def _encode_captions(plan: RunPlan, encoding: layout.TextEncoding, texts: list[s
     dataset = ray.data.from_arrow(stream.slices(table, batch)).map_batches(
         stages.TextStage,
         batch_size=batch,
-        fn_constructor_args=(plan.pretrained, device, encoding),
+        fn_constructor_args=(plan.pretrained, device, encoding, Attempts()),
         compute=ray.data.ActorPoolStrategy(size=1),
         **resources,
     )
@@ -242,7 +246,7 @@ def _clip_dataset(plan: RunPlan, todo: dict[str, dict[str, Any]], groups: list[o
         **resources,
     )
     return dataset.map_batches(
-        partial(stages.write_samples, cache_uri=plan.cache_uri),
+        partial(stages.write_samples, cache_uri=plan.cache_uri, attempts=attempts),
         batch_format="pyarrow",
         batch_size=length,
         num_cpus=0.25,

@@ -7,7 +7,8 @@ fault: StorageUnavailable goes up and ends the job.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from k5dist import storage
 from k5dist.cache import layout
 from k5dist.cache.keys import content_digest, key_of
 from k5dist.cache.shards import Record
+from k5dist.config import ConfigError
 from k5dist.precache.attempts import Attempts
 from k5dist.precache.stream import PADDING, is_padding, one_group
 from k5dist.precache.video import VideoError, decode_clip, probe
@@ -41,6 +43,22 @@ def _guarded(row: Rows, stage: str, attempts: Attempts | None, work: Callable[[R
         return work(row)
     finally:
         attempts.end(stage, row)
+
+
+@contextlib.contextmanager
+def _bounded(attempts: Attempts | None, what: str, keys: list[str], setting: str) -> Iterator[None]:
+    """Work on many rows at once: if it kills its worker too often, what makes it large is to blame, and no row."""
+    if attempts is None or not keys:
+        yield
+        return
+    row = {"key": keys[0]}
+    reason = attempts.begin(what, row)
+    if reason:
+        raise ConfigError(setting, f"{len(keys)} at once", f"{what}: {reason}", f"a smaller {setting}, or more memory")
+    try:
+        yield
+    finally:
+        attempts.end(what, row)
 
 
 def probe_row(
@@ -126,14 +144,19 @@ class VaeStage:
 class TextStage:
     """An actor with both text encoders: batches of captions → features as bf16 bits."""
 
-    def __init__(self, pretrained: str, device: str, encoding: layout.TextEncoding) -> None:
+    def __init__(
+        self, pretrained: str, device: str, encoding: layout.TextEncoding, attempts: Attempts | None = None
+    ) -> None:
         from k5dist.model.encoders import TextEncoders, to_bits
 
         self.encoders, self.to_bits = TextEncoders(pretrained, encoding, device), to_bits
+        self.attempts = attempts
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         real = [str(caption) for key, caption in zip(batch["key"], batch["caption"], strict=True) if key != PADDING]
-        features = iter(self.encoders.encode(real) if real else [])
+        keys = [str(key) for key in batch["key"] if key != PADDING]
+        with _bounded(self.attempts, "text", keys, "precache.text_batch_size"):
+            features = iter(self.encoders.encode(real) if real else [])
         bits = [[self.to_bits(tensor) for tensor in next(features)] if key != PADDING else [] for key in batch["key"]]
         table = pa.table(
             {
@@ -148,9 +171,15 @@ class TextStage:
         return table  # type: ignore[return-value]  (Ray Data takes Arrow tables as well)
 
 
-def write_samples(table: pa.Table, *, cache_uri: str) -> pa.Table:
+def write_samples(table: pa.Table, *, cache_uri: str, attempts: Attempts | None = None) -> pa.Table:
     """One shard of the rows that have tensors; passes on what a summary needs of every row."""
     table = one_group(table)
+    with _bounded(attempts, "write", table.column("key").to_pylist(), "precache.shard_size_mib"):
+        _write_samples(table, cache_uri)
+    return table.select(["key", "uri", "start", "error", "stage"])
+
+
+def _write_samples(table: pa.Table, cache_uri: str) -> None:
     columns = list(layout.SAMPLE_COLUMNS)
     rows = table.to_pylist()
     good = [row for row in rows if not row["error"]]
@@ -169,7 +198,6 @@ def write_samples(table: pa.Table, *, cache_uri: str) -> pa.Table:
     ]
     if records:
         layout.samples(cache_uri).write(records)
-    return table.select(["key", "uri", "start", "error", "stage"])
 
 
 def write_captions(table: pa.Table, *, cache_uri: str, encoding: layout.TextEncoding) -> pa.Table:
