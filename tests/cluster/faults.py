@@ -163,13 +163,17 @@ def workers(mark: str, title: str) -> list[psutil.Process]:
     return found
 
 
-def kill(processes: list[psutil.Process]) -> int:
-    killed = 0
+def send(processes: list[psutil.Process], number: int) -> int:
+    sent = 0
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
-            process.send_signal(signal.SIGKILL)
-            killed += 1
-    return killed
+            process.send_signal(number)
+            sent += 1
+    return sent
+
+
+def kill(processes: list[psutil.Process]) -> int:
+    return send(processes, signal.SIGKILL)
 
 
 def make_slow_clip(path: Path) -> None:

@@ -141,12 +141,19 @@ def test_a_lost_node_is_done_without(
 
 
 def test_two_jobs_at_once_write_the_same_shards(place: Place, undisturbed: dict[str, str]) -> None:
-    """The second comes when the first has written some: it takes over the first one's groups for the rest."""
+    """The second comes when the first is at its work, and would cut larger groups: it keeps the first one's."""
+    root = place.root("both")
     first = place.start("both")
-    faults.wait_until(first, lambda: list(place.root("both").glob("cache/*/orders/*")), "an order")
-    second = place.start("both", "name=other")
+    faults.wait_until(first, lambda: list(root.glob("cache/*/orders/*")), "an order")
+    faults.wait_until(first, lambda: faults.workers("both", "VaeStage)).submit"), "the VAE at work")
+    held = faults.workers("both", "VaeStage))")
+    faults.send(held, signal.SIGSTOP)  # it has not finished before the second begins
+    second = place.start("both", "name=other", "precache.shard_size_mib=0.2", **{faults.MARK: "second"})
+    faults.wait_until(second, lambda: any(line.startswith("clips: ") for line in second.lines), "the second's clips")
+    faults.send(held, signal.SIGCONT)
     assert (first.wait(), second.wait()) == (0, 0), f"{first.output}\n{second.output}"
-    assert faults.cache_files(place.root("both")) == undisturbed
+    assert "nothing to encode" not in "".join(line for line in second.lines if line.startswith("clips: "))
+    assert faults.cache_files(root) == undisturbed
 
 
 def test_a_clip_that_kills_its_worker_ends_in_the_ledger(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +66,12 @@ def test_a_store_that_is_away_is_no_fault_of_a_clip(stage: str, monkeypatch: pyt
 
     monkeypatch.setattr(storage, "open_read", away)
     monkeypatch.setattr(stages, "content_digest", away)
+    work = {
+        "probe": partial(stages.probe_row, buckets=[(17, 64, 96)], facts={}),
+        "decode": partial(stages.decode_row, frame_rate=12),
+    }
     with pytest.raises(StorageUnavailable):
-        if stage == "probe":
-            stages.probe_row(dict(ROW), buckets=[(17, 64, 96)], facts={})
-        else:
-            stages.decode_row(dict(ROW), frame_rate=12)
+        work[stage](dict(ROW))
 
 
 def test_a_shard_that_kills_its_writer_names_the_setting(tmp_path: Path) -> None:
