@@ -3,6 +3,7 @@ an undisturbed run, byte for byte."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
