@@ -128,11 +128,12 @@ def test_a_lost_node_is_done_without(
     monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quick = {f"health_check_{name}_ms": 1000 for name in ("initial_delay", "period", "timeout")}
     quick["health_check_failure_threshold"] = 3
-    head = {"num_cpus": 2, "include_dashboard": False, "_system_config": quick}
+    head = {"num_cpus": 4, "include_dashboard": False, "_system_config": quick}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         second = cluster.add_node(num_cpus=2)
-        job = place.start("nodes", "cluster=ray", f"cluster.address={cluster.address}")
+        many = ("precache.decode_workers=2", "precache.vae_workers=2")  # clips overtake one another
+        job = place.start("nodes", "cluster=ray", f"cluster.address={cluster.address}", *many)
         faults.wait_until(job, lambda: faults.shards(place.root("nodes")) >= 1, "the first shard")
         cluster.remove_node(second, allow_graceful=False)
         assert job.wait() == 0, job.output
