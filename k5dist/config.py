@@ -104,7 +104,7 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PrecacheConfig:
-    shard_size_mib: int
+    shard_size_mib: float
     max_failure_ratio: float
     text_batch_size: int
     repair: bool

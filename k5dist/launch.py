@@ -21,6 +21,7 @@ from k5dist.config import ConfigError, RunConfig
 from k5dist.console import say, show_table
 from k5dist.estimate import GIB
 from k5dist.plan import ClusterFacts, Estimates, RunPlan, estimates, make_plan
+from k5dist.retry import StorageUnavailable
 
 REFERENCE_NABLA_TOKENS = 16_384  # a head's boolean mask of S × S stays below 300 MB
 EXIT_CONFIG, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
@@ -156,6 +157,9 @@ def launch(composed: DictConfig) -> int:
     except ConfigError as error:
         sys.stderr.write(error.block() + "\n")
         return EXIT_CONFIG
+    except StorageUnavailable as error:
+        sys.stderr.write(f"{error}\n")
+        return EXIT_FAILED
     except KeyboardInterrupt:
         say("interrupted; the same command goes on from the newest checkpoint")
         return EXIT_INTERRUPTED
@@ -202,7 +206,7 @@ def run_plan(plan: RunPlan, resolved_yaml: str) -> int:
         return 0
     except (TrainingFailed, PrecacheError, CacheDamaged) as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
-    except (ConfigError, KeyboardInterrupt):
+    except (ConfigError, StorageUnavailable, KeyboardInterrupt):
         raise
     except Exception:
         sys.stderr.write(traceback.format_exc())

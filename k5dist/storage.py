@@ -2,6 +2,7 @@
 
 Everything that is published appears whole or not at all: local files are written aside and renamed, object stores
 replace an object in one put. Published names are never written twice with other contents, so readers need no locks.
+A store that stumbles is asked again (k5dist/retry.py); one that stays away raises StorageUnavailable.
 Credentials, endpoint and region come from the usual environment or profile (AWS_*); nothing here reads or logs them.
 """
 
@@ -9,16 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import os
 import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import fsspec
 
+from k5dist.retry import StorageUnavailable, one_line, patiently
 from k5dist.schema import ConfigError
 
 PACKAGE_SCHEME = "package://"
@@ -58,21 +62,37 @@ def filesystem(uri: str) -> tuple[Any, str]:
     scheme = uri.split("://", 1)[0]
     options: dict[str, Any] = {"use_listings_cache": False}
     if scheme in ("s3", "s3a"):
-        retries = {"mode": "adaptive", "max_attempts": 8}
+        # A few quick retries of one request of the many that make an upload or a listing; `patiently` has the patience.
+        retries = {"mode": "standard", "max_attempts": 4}
         options["config_kwargs"] = {"retries": retries, "connect_timeout": 10, "read_timeout": 60}
     fs = fsspec.filesystem(scheme, **options)
+    if scheme in ("s3", "s3a"):
+        fs.retries = 1  # s3fs would multiply botocore's retries with its own
     return fs, fs._strip_protocol(uri)
 
 
 def exists(uri: str) -> bool:
     fs, path = filesystem(uri)
-    return fs.exists(path)
+    return patiently(uri, lambda: fs.exists(path))
+
+
+def size(uri: str) -> int:
+    """Bytes of the file at `uri`."""
+    fs, path = filesystem(uri)
+    return int(patiently(uri, lambda: fs.size(path), appears=not is_local(uri)))
 
 
 def read_bytes(uri: str, start: int | None = None, end: int | None = None) -> bytes:
     """The file's bytes, or those of [start, end) by one range request."""
     fs, path = filesystem(uri)
-    return fs.cat_file(path, start=start, end=end)
+    return patiently(uri, lambda: fs.cat_file(path, start=start, end=end), appears=not is_local(uri))
+
+
+def read_ranges(uri: str, ranges: list[tuple[int, int]]) -> list[bytes]:
+    """The bytes of several [start, end) of one file, asked for at once."""
+    fs, path = filesystem(uri)
+    starts, ends = [start for start, _ in ranges], [end for _, end in ranges]
+    return patiently(uri, lambda: fs.cat_ranges([path] * len(ranges), starts, ends, on_error="raise"))
 
 
 def read_text(uri: str) -> str:
@@ -80,15 +100,71 @@ def read_text(uri: str) -> str:
 
 
 def open_read(uri: str) -> IO[bytes]:
+    """The file, opened; the reads of a remote one are repeated like every other verb."""
     fs, path = filesystem(uri)
-    return fs.open(path, "rb")
+    if is_local(uri):
+        return fs.open(path, "rb")
+    return cast(IO[bytes], _PatientFile(uri, patiently(uri, lambda: fs.open(path, "rb"), appears=True)))
+
+
+class _PatientFile(io.RawIOBase):
+    """A remote file whose reads are repeated. Leaving its `with` raises StorageUnavailable when a read was given up:
+    a decoder between storage and caller may have taken that for the end of the file."""
+
+    def __init__(self, uri: str, file: Any) -> None:
+        self._uri, self._file = uri, file
+        self._lost: StorageUnavailable | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def read(self, size: int | None = -1) -> bytes:
+        at = self._file.tell()
+
+        def read() -> bytes:
+            self._file.seek(at)
+            return self._file.read(-1 if size is None else size)
+
+        try:
+            return patiently(self._uri, read)
+        except StorageUnavailable as error:
+            self._lost = error
+            raise
+
+    def readall(self) -> bytes:
+        return self.read()
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+        if self._lost is not None:
+            raise self._lost
 
 
 def list_folder(uri: str) -> list[str]:
     """Names of the files and folders directly below `uri`, sorted; none where the folder does not exist."""
     fs, path = filesystem(uri)
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        names = (entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
+        entries = patiently(uri, lambda: fs.ls(path, detail=False))
+        names = (entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries)
         return sorted(name for name in names if name and not name.startswith(_ASIDE))
     return []
 
@@ -97,7 +173,7 @@ def find(uri: str) -> dict[str, dict[str, Any]]:
     """Every file below `uri`: its path relative to `uri` → fsspec's facts (size, mtime or ETag)."""
     fs, path = filesystem(uri)
     prefix = path.rstrip("/") + "/"
-    found = fs.find(path, detail=True).items()
+    found = patiently(uri, lambda: fs.find(path, detail=True)).items()
     return {name.removeprefix(prefix): info for name, info in found if _ASIDE not in name}
 
 
@@ -123,7 +199,7 @@ def publish_bytes(uri: str, data: bytes) -> None:
     """Make `data` visible at `uri`, whole or not at all."""
     fs, path = filesystem(uri)
     if not is_local(uri):
-        fs.pipe_file(path, data)
+        patiently(uri, lambda: fs.pipe_file(path, data))
         return
     with _written_aside(Path(path)) as aside, aside.open("wb") as file:
         file.write(data)
@@ -135,7 +211,7 @@ def publish_file(local: Path, uri: str) -> None:
     """Make a finished local file visible at `uri`, whole or not at all."""
     fs, path = filesystem(uri)
     if not is_local(uri):
-        fs.put_file(str(local), path)
+        patiently(uri, lambda: fs.put_file(str(local), path))
         return
     with _written_aside(Path(path)) as aside:
         shutil.copyfile(local, aside)
@@ -158,7 +234,7 @@ def fetch_folder(uri: str, local: Path) -> Path:
         if target.exists() and target.stat().st_size == int(info["size"]):
             continue
         with _written_aside(target) as aside:
-            fs.get_file(join(path, name), str(aside))
+            patiently(join(uri, name), partial(fs.get_file, join(path, name), str(aside)), appears=True)
     return local
 
 
@@ -166,7 +242,7 @@ def remove(uri: str) -> None:
     """Delete a file, or a folder with all that is in it; nothing happens where there is nothing."""
     fs, path = filesystem(uri)
     with contextlib.suppress(FileNotFoundError):
-        fs.rm(path, recursive=True)
+        patiently(uri, lambda: fs.rm(path, recursive=True))
 
 
 @contextlib.contextmanager
@@ -196,7 +272,7 @@ def check_writable(key: str, uri: str) -> None:
         fs.pipe_file(path, b"k5dist")
         fs.rm_file(path)
     except Exception as error:
-        raise ConfigError(key, uri, f"must be writable ({_reason(error)})", _storage_fix(uri)) from error
+        raise ConfigError(key, uri, f"must be writable ({one_line(error)})", _storage_fix(uri)) from error
 
 
 def check_readable(key: str, uri: str) -> None:
@@ -207,7 +283,7 @@ def check_readable(key: str, uri: str) -> None:
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(key, uri, f"must be readable ({_reason(error)})", _storage_fix(uri)) from error
+        raise ConfigError(key, uri, f"must be readable ({one_line(error)})", _storage_fix(uri)) from error
     if not found:
         raise ConfigError(key, uri, "there is nothing at this place", f"check the path, or set {key}=")
 
@@ -220,11 +296,6 @@ def _impatient(uri: str) -> tuple[Any, str]:
     fs = fsspec.filesystem(scheme, use_listings_cache=False, config_kwargs=config, skip_instance_cache=True)
     fs.retries = 1  # s3fs retries on its own as well
     return fs, fs._strip_protocol(uri)
-
-
-def _reason(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
 def _storage_fix(uri: str) -> str:

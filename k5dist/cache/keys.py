@@ -25,14 +25,13 @@ def content_digest(uri: str) -> str:
     Raises:
         FileNotFoundError: where there is no such file.
     """
-    fs, path = storage.filesystem(uri)
-    size = int(fs.size(path))
+    size = storage.size(uri)
     digest = hashlib.sha256(str(size).encode())
     if size <= WHOLE_FILE_BYTES:
-        digest.update(fs.cat_file(path))
+        digest.update(storage.read_bytes(uri))
     else:
         starts = [i * (size - CHUNK_BYTES) // (SAMPLED_CHUNKS - 1) for i in range(SAMPLED_CHUNKS)]
-        for chunk in fs.cat_ranges([path] * SAMPLED_CHUNKS, starts, [s + CHUNK_BYTES for s in starts]):
+        for chunk in storage.read_ranges(uri, [(start, start + CHUNK_BYTES) for start in starts]):
             digest.update(chunk)
     return digest.hexdigest()
 

@@ -5,7 +5,8 @@
       shards/*.safetensors            latents, bf16, unscaled: `mean`, `logvar` [T, H, W, 16];
                                       image-to-video also `first_mean`, `first_logvar` [1, H, W, 16]
       index/*.parquet                 one row a sample
-      captions/<encoding>/shards|index  text: `qwen` [L, in_text_dim] at its true length L, `clip` [in_text_dim2]
+      orders/*.parquet                which samples lie together, while they are being encoded (k5dist/cache/orders.py)
+      captions/<encoding>/…           the same three; `qwen` [L, in_text_dim] of true length L, `clip` [in_text_dim2]
       failures.parquet                what could not be encoded, and why
 
 Captions stand apart under the key of their encoding (template, crop, length): another template encodes text again, and
@@ -24,7 +25,7 @@ import pyarrow.parquet as pq
 
 from k5dist import storage
 from k5dist.cache.keys import key_of
-from k5dist.cache.shards import ShardStore
+from k5dist.cache.shards import ShardStore, read_parquet
 from k5dist.config import ConfigError
 
 CACHE_VERSION = 2
@@ -140,8 +141,7 @@ def write_selection(uri: str, table: pa.Table) -> None:
 
 def read_selection(uri: str) -> list[str]:
     """The keys of a run's samples, sorted."""
-    with storage.open_read(uri) as file:
-        return pq.read_table(file, columns=["key"]).column("key").to_pylist()
+    return read_parquet(uri, ["key"]).column("key").to_pylist()
 
 
 def read_selected(uri: str) -> pa.Table:
@@ -150,8 +150,7 @@ def read_selected(uri: str) -> pa.Table:
     Raises:
         ConfigError: where an earlier release wrote it, with keys alone.
     """
-    with storage.open_read(uri) as file:
-        table = pq.read_table(file)
+    table = read_parquet(uri)
     if table.schema.names != SELECTION_SCHEMA.names:
         rule = "an earlier release chose this run's samples"
         raise ConfigError("resume", uri, rule, "resume=never, or another name")

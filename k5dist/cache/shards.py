@@ -14,6 +14,7 @@ import io
 import json
 import zlib
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 INDEX_VERSION = 2
+_READERS = 16
 _TENSOR = pa.struct(
     [("name", pa.string()), ("shape", pa.list_(pa.int32())), ("offset", pa.int64()), ("length", pa.int64())]
 )
@@ -38,6 +40,11 @@ _PLACE = [
     ("crc32", pa.uint32()),
     ("tensors", pa.list_(_TENSOR)),
 ]
+
+
+def read_parquet(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """A small Parquet file by one request, which storage repeats when it must; Arrow's own readers give up."""
+    return pq.read_table(pa.BufferReader(storage.read_bytes(uri)), columns=None if columns is None else list(columns))
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,8 @@ class ShardStore:
         sums = [_crc32(record) for record in records]
         facts = [f"{record.key}{crc32:08x}" for record, crc32 in zip(records, sums, strict=True)]
         name = hashlib.sha256("".join(facts).encode()).hexdigest()[:24]
+        if storage.exists(self._part_uri(name)):
+            return name  # by a task that was run twice or another job: whoever reads it is not disturbed
         data, rows = _serialise(name, records)
         for row, crc32 in zip(rows, sums, strict=True):
             row["crc32"] = crc32
@@ -88,7 +97,10 @@ class ShardStore:
     def _publish_part(self, name: str, table: pa.Table) -> None:
         part = io.BytesIO()
         pq.write_table(table, part, compression="zstd")
-        storage.publish_bytes(storage.join(self.uri, "index", f"{name}.parquet"), part.getvalue())
+        storage.publish_bytes(self._part_uri(name), part.getvalue())
+
+    def _part_uri(self, name: str) -> str:
+        return storage.join(self.uri, "index", f"{name}.parquet")
 
     def shard_uri(self, shard: str) -> str:
         return storage.join(self.uri, "shards", f"{shard}.safetensors")
@@ -101,8 +113,7 @@ class ShardStore:
         """
         removed = 0
         for part in self._parts():
-            with storage.open_read(storage.join(self.uri, "index", part)) as file:
-                table = pq.read_table(file)
+            table = read_parquet(storage.join(self.uri, "index", part))
             stays = [key not in keys for key in table.column("key").to_pylist()]
             if all(stays):
                 continue
@@ -128,10 +139,10 @@ class ShardStore:
         schema = self.schema if wanted is None else pa.schema([self.schema.field(name) for name in wanted])
         if not names:
             return schema.empty_table()
-        fs, path = storage.filesystem(folder)
-        paths = [f"{path}/{name}" for name in names]
+        with ThreadPoolExecutor(_READERS) as pool:
+            parts = list(pool.map(lambda name: read_parquet(storage.join(folder, name), wanted), names))
         # Two jobs on one cache may have encoded the same clip into different shards: one row a key is kept.
-        table = pq.ParquetDataset(paths, filesystem=fs).read(columns=wanted, use_threads=True).combine_chunks()
+        table = pa.concat_tables(parts, promote_options="default").combine_chunks()
         keys = table.column("key").to_numpy(zero_copy_only=False)
         _, first = np.unique(keys.astype(str), return_index=True)
         return table.take(pa.array(first)).cast(schema)

@@ -16,7 +16,7 @@ from k5dist.config import ClusterConfig, ConfigError
 _ATTACH_SECONDS = 30
 _LONGEST_TEMPORARY = 30  # characters; Ray adds 73
 _SECRET = re.compile("KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL")
-_PROPAGATED = ("AWS_", "S3_", "FSSPEC_", "HF_", "CUDA_", "NCCL_", "GLOO_", "TORCH_", "OMP_")
+_PROPAGATED = ("K5DIST_", "AWS_", "S3_", "FSSPEC_", "HF_", "CUDA_", "NCCL_", "GLOO_", "TORCH_", "OMP_")
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ and a run without news encodes nothing.
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,15 +16,17 @@ import ray
 import ray.data
 
 from k5dist import storage
-from k5dist.cache import layout
+from k5dist.cache import layout, orders
 from k5dist.config import ConfigError, RunConfig
 from k5dist.console import progress_bar, say
 from k5dist.datasets import DatasetConfig
 from k5dist.estimate import sample_cache_bytes
 from k5dist.plan import RunPlan
-from k5dist.precache import stages
+from k5dist.precache import stages, stream
+from k5dist.precache.attempts import Attempts
 from k5dist.precache.sources import Listing, read_datasets
 from k5dist.precache.summary import Failure, Summary, bucket_name, write_ledger
+from k5dist.retry import StorageUnavailable
 
 _PROBES_PER_BLOCK = 64
 _PROBE_BLOCKS = 2048  # at most: each is an object of Ray's
@@ -72,7 +73,7 @@ def precache(plan: RunPlan, listing: Listing) -> Summary:
     Raises:
         PrecacheError: when more than `precache.max_failure_ratio` of the clips failed (what succeeded is kept).
     """
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    stream.prepare()
     layout.write_header(plan.cache_uri, plan.cache_fingerprint, plan.pretrained_identity)
     summary = Summary()
     for row in listing.rejected.to_pylist():
@@ -82,9 +83,11 @@ def precache(plan: RunPlan, listing: Listing) -> Summary:
     try:
         _encode_captions(plan, encoding, _all_captions(plan, listing), summary)
         chosen = _encode_clips(plan, listing, summary)
-    finally:
-        uris = (table.column("uri").to_pylist() for table in (listing.rows, listing.rejected))
-        write_ledger(plan.cache_uri, summary.failures, {uri for column in uris for uri in column})
+    except BaseException as error:
+        if not isinstance(error, StorageUnavailable):  # the ledger would only wait for it once more
+            _write_ledger(plan, listing, summary)
+        raise
+    _write_ledger(plan, listing, summary)
     _check_failures(plan.config, summary)
     _select(plan, chosen)
     return summary
@@ -112,33 +115,36 @@ def _accelerator(plan: RunPlan) -> tuple[str, dict[str, Any]]:
 
 def _encode_captions(plan: RunPlan, encoding: layout.TextEncoding, texts: list[str], summary: Summary) -> None:
     store = layout.captions(plan.cache_uri, encoding)
-    known = store.keys()
-    todo = [text for text in texts if layout.caption_key(text) not in known]
-    if not todo:
-        say(f"captions: all {len(texts)} are in the cache, nothing to encode")
-        return
     config = plan.config.precache
+    batch, row_bytes = config.text_batch_size, 2 * config.max_text_tokens * plan.config.model.in_text_dim
+    # Captions of about one length make batches with little padding. A batch's padding shows in the last bits of its
+    # features: the orders fix batches as well as shards.
+    rows = {layout.caption_key(text): {"caption": text} for text in sorted(texts, key=lambda text: (len(text), text))}
+    known, groups = orders.settle(store, list(rows), _whole_batches(_rows_per_shard(plan, row_bytes), batch))
+    if not groups:
+        say(f"captions: all {len(texts)} are in the cache, nothing to encode")
+        orders.finish(store, known)
+        return
+    todo = sum(key is not None for group in groups for key in group)
     device, resources = _accelerator(plan)
-    # Captions of about one length make batches with little padding.
-    todo.sort(key=len)
-    table = pa.table({"key": [layout.caption_key(text) for text in todo], "caption": todo})
-    dataset = ray.data.from_arrow(_slices(table, config.text_batch_size)).map_batches(
+    table, length = stream.grouped({key: {"key": key, **row} for key, row in rows.items()}, groups, multiple=batch)
+    dataset = ray.data.from_arrow(stream.slices(table, batch)).map_batches(
         stages.TextStage,
-        batch_size=config.text_batch_size,
-        fn_constructor_args=(plan.pretrained, device, encoding),
+        batch_size=batch,
+        fn_constructor_args=(plan.pretrained, device, encoding, Attempts()),
         compute=ray.data.ActorPoolStrategy(size=1),
         **resources,
     )
-    row_bytes = 2 * config.max_text_tokens * plan.config.model.in_text_dim
     dataset = dataset.map_batches(
         partial(stages.write_captions, cache_uri=plan.cache_uri, encoding=encoding),
         batch_format="pyarrow",
-        batch_size=_rows_per_shard(plan, row_bytes),
+        batch_size=length,
         num_cpus=0.25,
     )
-    with progress_bar("captions", len(todo)) as bar:
-        _consume(dataset, lambda table: bar.advance(table.num_rows))
-    summary.captions_encoded = len(todo)
+    with progress_bar("captions", todo) as bar:
+        stream.consume(dataset, lambda table: bar.advance(table.num_rows))
+    orders.finish(store, known | rows.keys())
+    summary.captions_encoded = todo
 
 
 def _encode_clips(plan: RunPlan, listing: Listing, summary: Summary) -> pa.Table:
@@ -153,14 +159,17 @@ def _encode_clips(plan: RunPlan, listing: Listing, summary: Summary) -> pa.Table
     for at, key in enumerate(good.column("key").to_pylist()):
         by_key.setdefault(key, []).append(at)
     _check_batch(plan, _take(good, [rows[0] for rows in by_key.values()]))
-    known = layout.samples(plan.cache_uri).keys()
+    store = layout.samples(plan.cache_uri)
+    known, groups = orders.settle(store, list(by_key), _rows_per_shard(plan, _sample_bytes(plan)))
     for row in good.filter(pc.field("key").isin(pa.array(list(known), pa.string()))).to_pylist():
         summary.count("cached_before", row)
-    todo = _take(good, [rows[0] for key, rows in by_key.items() if key not in known])
-    if not todo.num_rows:
+    keys = [key for group in groups for key in group if key is not None]
+    if not keys:
         say(f"clips: all {good.num_rows} are in the cache, nothing to encode")
+        orders.finish(store, known)
         return _chosen(plan, listing, good, by_key, known)
-    with progress_bar("clips", todo.num_rows) as bar:
+    todo = dict(zip(keys, _take(good, [by_key[key][0] for key in keys]).to_pylist(), strict=True))
+    with progress_bar("clips", len(todo)) as bar:
 
         def count(table: pa.Table) -> None:
             for done in table.to_pylist():  # one file under two names is decoded once, and fails under both
@@ -174,8 +183,10 @@ def _encode_clips(plan: RunPlan, listing: Listing, summary: Summary) -> pa.Table
             bar.advance(table.num_rows)
             _check_failures(plan.config, summary)
 
-        _consume(_clip_dataset(plan, todo), count)
-    return _chosen(plan, listing, good, by_key, layout.samples(plan.cache_uri).keys())
+        stream.consume(_clip_dataset(plan, todo, groups), count)
+    known = store.keys()
+    orders.finish(store, known | by_key.keys())
+    return _chosen(plan, listing, good, by_key, known)
 
 
 def _chosen(plan: RunPlan, listing: Listing, good: pa.Table, by_key: dict[str, list[int]], known: set[str]) -> pa.Table:
@@ -222,13 +233,14 @@ def _probe(plan: RunPlan, listing: Listing) -> pa.Table:
         table = table.append_column(name, pa.array([0] * total, pa.int64()))
     table = table.append_column("frame_rate", pa.array([0.0] * total, pa.float64()))
     facts = {"pretrained": plan.pretrained_identity, "first_frame": config.flavour.task == "i2v"}
-    blocks = _slices(table, max(_PROBES_PER_BLOCK, -(-total // _PROBE_BLOCKS)))
+    blocks = stream.slices(table, max(_PROBES_PER_BLOCK, -(-total // _PROBE_BLOCKS)))
     dataset = ray.data.from_arrow(blocks).flat_map(
         partial(
             stages.probe_clip,
             datasets={dataset.name: dataset for dataset in config.datasets},
             unit=config.side_unit,
             facts=facts,
+            attempts=Attempts(),
         ),
         num_cpus=0.5,
     )
@@ -239,39 +251,44 @@ def _probe(plan: RunPlan, listing: Listing) -> pa.Table:
             probed.append(part.select(table.column_names).cast(table.schema))
             bar.advance(pc.count_distinct(part.column("row")).as_py())
 
-        _consume(dataset, collect)
+        stream.consume(dataset, collect)
     return pa.concat_tables(probed).sort_by([("row", "ascending"), ("start", "ascending")])
 
 
-def _clip_dataset(plan: RunPlan, todo: pa.Table) -> ray.data.Dataset:
+def _clip_dataset(plan: RunPlan, todo: dict[str, dict[str, Any]], groups: list[orders.Group]) -> ray.data.Dataset:
     config = plan.config
     device, resources = _accelerator(plan)
     workers = config.precache.vae_workers or (plan.world.size if device == "cuda" else 1)
-    largest = max(plan.buckets, key=lambda bucket: bucket.tokens)
-    first_frame = config.flavour.task == "i2v"
-    sample_bytes = sample_cache_bytes(config.model, largest, first_frame=first_frame, text_tokens=0)
+    first_frame, attempts = config.flavour.task == "i2v", Attempts()
+    table, length = stream.grouped(todo, groups)
     # A decoded clip is large (hundreds of megabytes): one row a block keeps memory in hand.
-    dataset = ray.data.from_arrow(_slices(todo, 1)).map(
-        stages.decode_row,
+    dataset = ray.data.from_arrow(stream.slices(table, 1)).map(
+        partial(stages.decode_row, attempts=attempts),
         num_cpus=1,
         concurrency=config.precache.decode_workers,
     )
     dataset = dataset.map(
         stages.VaeStage,  # type: ignore[arg-type]  (Ray Data's map takes classes, its annotation functions)
-        fn_constructor_args=(plan.pretrained, device, first_frame),
+        fn_constructor_args=(plan.pretrained, device, first_frame, attempts),
         compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
         **resources,
     )
     return dataset.map_batches(
-        partial(stages.write_samples, cache_uri=plan.cache_uri),
+        partial(stages.write_samples, cache_uri=plan.cache_uri, attempts=attempts),
         batch_format="pyarrow",
-        batch_size=_rows_per_shard(plan, sample_bytes),
+        batch_size=length,
         num_cpus=0.25,
     )
 
 
+def _sample_bytes(plan: RunPlan) -> int:
+    largest = max(plan.buckets, key=lambda bucket: bucket.tokens)
+    first_frame = plan.config.flavour.task == "i2v"
+    return sample_cache_bytes(plan.config.model, largest, first_frame=first_frame, text_tokens=0)
+
+
 def _rows_per_shard(plan: RunPlan, row_bytes: int) -> int:
-    return max(1, plan.config.precache.shard_size_mib * 2**20 // row_bytes)
+    return max(1, int(plan.config.precache.shard_size_mib * 2**20 // row_bytes))
 
 
 def _take(table: pa.Table, rows: list[int]) -> pa.Table:
@@ -279,13 +296,8 @@ def _take(table: pa.Table, rows: list[int]) -> pa.Table:
     return table.take(pa.array(rows, pa.int64()))
 
 
-def _slices(table: pa.Table, rows: int) -> list[pa.Table]:
-    return [table.slice(at, rows) for at in range(0, table.num_rows, rows)]
-
-
-def _consume(dataset: ray.data.Dataset, take: Callable[[pa.Table], None]) -> None:
-    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-        take(table)  # type: ignore[arg-type]
+def _whole_batches(rows: int, batch: int) -> int:
+    return -(-rows // batch) * batch
 
 
 def _failure(row: dict[str, Any]) -> Failure:
@@ -300,6 +312,11 @@ def _check_failures(config: RunConfig, summary: Summary) -> None:
             f"{len(summary.failures)} of {summary.seen} clips failed, more than precache.max_failure_ratio={limit}; "
             f"the last: {uri}: {stage}: {reason}. All are in failures.parquet of the cache"
         )
+
+
+def _write_ledger(plan: RunPlan, listing: Listing, summary: Summary) -> None:
+    uris = (table.column("uri").to_pylist() for table in (listing.rows, listing.rejected))
+    write_ledger(plan.cache_uri, summary.failures, {uri for column in uris for uri in column})
 
 
 def _select(plan: RunPlan, chosen: pa.Table) -> None:

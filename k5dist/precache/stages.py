@@ -1,12 +1,15 @@
 """What runs inside Ray Data's workers: probe, decode, the VAE, the text encoders, the shard writers.
 
 A row is a plain dict all the way. A row that fails keeps going with `error` and `stage` set and without its payload, so
-that one broken clip never stops the others and always reaches the ledger.
+that one broken clip never stops the others and always reaches the ledger. Storage that does not answer is no clip's
+fault: StorageUnavailable goes up and ends the job.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,20 +19,73 @@ from k5dist import storage
 from k5dist.cache import layout
 from k5dist.cache.keys import content_digest, key_of, seed_of
 from k5dist.cache.shards import Record
+from k5dist.config import ConfigError
 from k5dist.datasets import DatasetConfig
+from k5dist.precache.attempts import Attempts
 from k5dist.precache.cuts import Unfit, cuts
+from k5dist.precache.stream import PADDING, is_padding, one_group
 from k5dist.precache.video import VideoError, decode_clip, probe
+from k5dist.retry import StorageUnavailable
 
 Rows = dict[str, Any]
+_SHAPES = pa.list_(pa.list_(pa.int64()))
 NO_FRAMES = np.zeros((0, 1, 1, 3), np.uint8)
 
 
-def probe_clip(row: Rows, *, datasets: Mapping[str, DatasetConfig], unit: int, facts: Mapping[str, Any]) -> list[Rows]:
+def _guarded(row: Rows, stage: str, attempts: Attempts | None, work: Callable[[Rows], Rows], lost: Rows) -> Rows:
+    """`work(row)`; for a row that is nothing, has failed, or killed its worker too often only `lost`, the payload."""
+    if row["error"] or is_padding(row):
+        return row | lost
+    if attempts is None:
+        return work(row)
+    reason = attempts.begin(stage, row)
+    if reason:
+        return row | lost | _failed(stage, reason)
+    try:
+        return work(row)
+    finally:
+        attempts.end(stage, row)
+
+
+@contextlib.contextmanager
+def _bounded(attempts: Attempts | None, what: str, keys: list[str], setting: str) -> Iterator[None]:
+    """Work on many rows at once: if it kills its worker too often, what makes it large is to blame, and no row."""
+    if attempts is None or not keys:
+        yield
+        return
+    row = {"key": keys[0]}
+    reason = attempts.begin(what, row)
+    if reason:
+        raise ConfigError(setting, f"{len(keys)} at once", f"{what}: {reason}", f"a smaller {setting}, or more memory")
+    try:
+        yield
+    finally:
+        attempts.end(what, row)
+
+
+def probe_clip(
+    row: Rows,
+    *,
+    datasets: Mapping[str, DatasetConfig],
+    unit: int,
+    facts: Mapping[str, Any],
+    attempts: Attempts | None = None,
+) -> list[Rows]:
     """The samples that a row gives, each with its content key and bucket; the row itself, failed, where it gives none.
 
     `unit` is what sides of computed buckets are multiples of, `facts` what else decides how a sample is encoded.
     """
-    dataset = datasets[row["dataset"]]
+    samples: list[Rows] = []
+
+    def work(row: Rows) -> Rows:
+        samples.extend(_probe(row, datasets[row["dataset"]], unit, facts))
+        return row
+
+    left = _guarded(row, "probe", attempts, work, {})
+    return samples or [left]
+
+
+def _probe(row: Rows, dataset: DatasetConfig, unit: int, facts: Mapping[str, Any]) -> list[Rows]:
     try:
         with storage.open_read(row["uri"]) as file:
             info = probe(file)  # type: ignore[arg-type]
@@ -37,6 +93,8 @@ def probe_clip(row: Rows, *, datasets: Mapping[str, DatasetConfig], unit: int, f
             raise Unfit("too short: an image has no frames after the first, which image-to-video learns")
         found = cuts(info, row["start"], None if row["end"] < 0 else row["end"], dataset)
         digest = content_digest(row["uri"])
+    except StorageUnavailable:
+        raise
     except VideoError as error:
         return [row | _failed(error.stage, error.reason)]
     except Unfit as error:
@@ -55,8 +113,12 @@ def probe_clip(row: Rows, *, datasets: Mapping[str, DatasetConfig], unit: int, f
     return samples
 
 
-def decode_row(row: Rows) -> Rows:
+def decode_row(row: Rows, *, attempts: Attempts | None = None) -> Rows:
     """Adds `pixels`, uint8 RGB [T, H, W, 3]."""
+    return _guarded(row, "decode", attempts, _decode, {"pixels": NO_FRAMES})
+
+
+def _decode(row: Rows) -> Rows:
     try:
         with storage.open_read(row["uri"]) as file:
             pixels = decode_clip(
@@ -70,6 +132,8 @@ def decode_row(row: Rows) -> Rows:
                 crop=row["crop"],
                 crop_seed=row["crop_seed"],
             )
+    except StorageUnavailable:
+        raise
     except VideoError as error:
         return row | _failed(error.stage, error.reason) | {"pixels": NO_FRAMES}
     except Exception as error:
@@ -80,17 +144,18 @@ def decode_row(row: Rows) -> Rows:
 class VaeStage:
     """An actor with the VAE: `pixels` → the posterior as bf16 bits, for image-to-video also the first frame's alone."""
 
-    def __init__(self, pretrained: str, device: str, first_frame: bool) -> None:
+    def __init__(self, pretrained: str, device: str, first_frame: bool, attempts: Attempts | None = None) -> None:
         from k5dist.model.encoders import VideoAutoencoder, to_bits
 
         self.vae, self.to_bits = VideoAutoencoder(pretrained, device), to_bits
-        self.first_frame = first_frame
+        self.first_frame, self.attempts = first_frame, attempts
 
     def __call__(self, row: Rows) -> Rows:
         pixels = row.pop("pixels")
-        nothing = {"tensors": [], "shapes": [], "names": []}
-        if row["error"]:
-            return row | nothing
+        nothing: Rows = {"tensors": [], "shapes": [], "names": []}
+        return _guarded(row, "vae", self.attempts, partial(self._encode, pixels=pixels, nothing=nothing), nothing)
+
+    def _encode(self, row: Rows, *, pixels: np.ndarray, nothing: Rows) -> Rows:
         try:
             posterior = dict(zip(("mean", "logvar"), self.vae.encode(pixels), strict=True))
             if self.first_frame:
@@ -108,28 +173,42 @@ class VaeStage:
 class TextStage:
     """An actor with both text encoders: batches of captions → features as bf16 bits."""
 
-    def __init__(self, pretrained: str, device: str, encoding: layout.TextEncoding) -> None:
+    def __init__(
+        self, pretrained: str, device: str, encoding: layout.TextEncoding, attempts: Attempts | None = None
+    ) -> None:
         from k5dist.model.encoders import TextEncoders, to_bits
 
         self.encoders, self.to_bits = TextEncoders(pretrained, encoding, device), to_bits
+        self.attempts = attempts
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        features = self.encoders.encode([str(caption) for caption in batch["caption"]])
-        bits = [(self.to_bits(qwen), self.to_bits(clip)) for qwen, clip in features]
+        real = [str(caption) for key, caption in zip(batch["key"], batch["caption"], strict=True) if key != PADDING]
+        keys = [str(key) for key in batch["key"] if key != PADDING]
+        with _bounded(self.attempts, "text", keys, "precache.text_batch_size"):
+            features = iter(self.encoders.encode(real) if real else [])
+        bits = [[self.to_bits(tensor) for tensor in next(features)] if key != PADDING else [] for key in batch["key"]]
         table = pa.table(
             {
                 "key": pa.array([str(key) for key in batch["key"]]),
                 "caption": pa.array([str(caption) for caption in batch["caption"]]),
-                "names": pa.array([["qwen", "clip"]] * len(bits)),
-                "tensors": pa.array([[qwen.tobytes(), clip.tobytes()] for qwen, clip in bits]),
-                "shapes": pa.array([[list(qwen.shape), list(clip.shape)] for qwen, clip in bits]),
+                "group": pa.array(batch["group"].tolist(), pa.int64()),
+                "names": pa.array([["qwen", "clip"][: len(row)] for row in bits], pa.list_(pa.string())),
+                "tensors": pa.array([[array.tobytes() for array in row] for row in bits], pa.list_(pa.binary())),
+                "shapes": pa.array([[list(array.shape) for array in row] for row in bits], _SHAPES),
             }
         )
         return table  # type: ignore[return-value]  (Ray Data takes Arrow tables as well)
 
 
-def write_samples(table: pa.Table, *, cache_uri: str) -> pa.Table:
+def write_samples(table: pa.Table, *, cache_uri: str, attempts: Attempts | None = None) -> pa.Table:
     """One shard of the rows that have tensors; passes on what a summary needs of every row."""
+    table = one_group(table)
+    with _bounded(attempts, "write", table.column("key").to_pylist(), "precache.shard_size_mib"):
+        _write_samples(table, cache_uri)
+    return table.select(["key", "error", "stage"])
+
+
+def _write_samples(table: pa.Table, cache_uri: str) -> None:
     columns = list(layout.SAMPLE_COLUMNS)
     rows = table.to_pylist()
     good = [row for row in rows if not row["error"]]
@@ -147,10 +226,10 @@ def write_samples(table: pa.Table, *, cache_uri: str) -> pa.Table:
     ]
     if records:
         layout.samples(cache_uri).write(records)
-    return table.select(["key", "error", "stage"])
 
 
 def write_captions(table: pa.Table, *, cache_uri: str, encoding: layout.TextEncoding) -> pa.Table:
+    table = one_group(table)
     records = [
         Record(row["key"], _arrays(row), {"caption": row["caption"], "text_length": row["shapes"][0][0]})
         for row in table.to_pylist()

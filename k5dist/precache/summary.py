@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from k5dist import storage
 from k5dist.cache import layout
+from k5dist.cache.shards import read_parquet
 
 WHATS = ("seen", "encoded", "cached_before", "too_short", "too_long", "broken")
 NO_BUCKET = ""  # of a clip that failed before it had one
@@ -101,8 +102,7 @@ def write_ledger(cache_uri: str, failures: Iterable[Failure], looked_at: Collect
     uri = layout.failures_uri(cache_uri)
     before: list[dict[str, Any]] = []
     if storage.exists(uri):
-        with storage.open_read(uri) as file:
-            before = pq.read_table(file).to_pylist()
+        before = read_parquet(uri).to_pylist()
     counts = {(row["uri"], row["start"], row["stage"]): row["count"] for row in before}
     looked_at = set(looked_at)
     rows = [row for row in before if row["uri"] not in looked_at]

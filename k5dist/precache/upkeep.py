@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from k5dist import storage
-from k5dist.cache import layout
+from k5dist.cache import layout, orders
 from k5dist.cache.shards import ShardStore
 from k5dist.cache.verify import Bad, prune, stores, verify, wanted_keys
 from k5dist.console import progress_bar, say
@@ -53,6 +53,7 @@ def prune_cache(plan: RunPlan) -> int:
     Captions stay: they are small, and validation prompts and dropped captions share them.
     """
     layout.check_header(plan.cache_uri, plan.cache_fingerprint)
+    storage.remove(storage.join(plan.cache_uri, orders.FOLDER))  # of jobs that never came back
     removed = prune(layout.samples(plan.cache_uri), wanted_keys(storage.normalise(plan.config.storage.root)))
     say(f"prune: {removed} samples that no run was begun with are gone from {plan.cache_uri}")
     return removed

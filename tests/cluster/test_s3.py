@@ -2,74 +2,24 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import boto3
 import pytest
-from botocore.config import Config
 from mlflow import MlflowClient
 
 from tests.cluster import job as jobs
 from tests.cluster.job import SHORT
+from tests.cluster.s3 import BUCKET, SECRET, client, server
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
-KEY, SECRET, BUCKET = "tests-access-key", "tests-secret-key-0123456789", "k5dist-tests"
 
 
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment of a client of a fresh S3 server with one empty bucket."""
-    folder = tmp_path_factory.mktemp("s3")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    command = ["rclone", "serve", "s3", "--addr", address, "--auth-key", f"{KEY},{SECRET}", str(folder)]
-    server = subprocess.Popen(command, env={"RCLONE_CONFIG": "/dev/null", "PATH": _path()}, stderr=subprocess.DEVNULL)
-    environment = {
-        "AWS_ACCESS_KEY_ID": KEY,
-        "AWS_SECRET_ACCESS_KEY": SECRET,
-        "AWS_ENDPOINT_URL": f"http://{address}",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    try:
-        _until_it_answers(address)
-        client(environment).create_bucket(Bucket=BUCKET)
+    with server(tmp_path_factory.mktemp("s3")) as environment:
         yield environment
-    finally:
-        server.terminate()
-        server.wait(timeout=10)
-
-
-def _path() -> str:
-    import os
-    import sys
-
-    return f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-
-
-def _until_it_answers(address: str) -> None:
-    host, port = address.split(":")
-    for _ in range(100):
-        with socket.socket() as probe:
-            if probe.connect_ex((host, int(port))) == 0:
-                return
-        time.sleep(0.1)
-    raise AssertionError("the S3 server did not start")
-
-
-def client(environment: dict[str, str]):
-    return boto3.client(
-        "s3",
-        endpoint_url=environment["AWS_ENDPOINT_URL"],
-        aws_access_key_id=KEY,
-        aws_secret_access_key=SECRET,
-        region_name="us-east-1",
-        config=Config(s3={"addressing_style": "path"}),
-    )
 
 
 def objects(environment: dict[str, str]) -> dict[str, int]:
