@@ -246,9 +246,9 @@ def _launch_dkdv(
 ) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, dim = dq_BSHD.shape
     length = inputs[1].shape[1]
-    blocks = triton.cdiv(length, variant.keys)
+    blocks, most = -(-length // variant.keys), -(-tokens // variant.queries)
     # Rounded down: a program more than whole waves hold would run when all others are done.
-    runs = max(1, min(PROGRAMS // (blocks * heads * batch), triton.cdiv(tokens, variant.queries)))
+    runs = max(1, min(PROGRAMS // (blocks * heads * batch), most))
     dk_BRLHD, dv_BRLHD = (lse_BHS.new_empty(batch, runs, length, heads, dim) for _ in range(2))
     text_dkdv_kernel[(blocks, heads, batch * runs)](
         *inputs, dq_BSHD, dk_BRLHD, dv_BRLHD, lse_BHS, delta_BHS, tokens, length, runs, *_strides(*inputs),
