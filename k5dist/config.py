@@ -108,6 +108,8 @@ class PrecacheConfig:
     max_failure_ratio: float
     text_batch_size: int
     repair: bool
+    vae_enable_patch_conv: bool
+    vae_enable_tiling: bool
     vae_workers: int | None
     decode_workers: int | None
     max_text_tokens: int

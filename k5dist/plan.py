@@ -151,6 +151,7 @@ def _cache_identity(config: RunConfig, pretrained_identity: str) -> dict[str, An
         "pretrained": pretrained_identity,
         "first_frame": config.flavour.task == "i2v",
         "max_text_tokens": precache.max_text_tokens,
+        "vae_enable_tiling": precache.vae_enable_tiling,
         "prompt_template": [precache.prompt_template, precache.prompt_template_start],
     }
 

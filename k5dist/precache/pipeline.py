@@ -172,6 +172,9 @@ def _encode_clips(plan: RunPlan, listing: Listing, summary: Summary) -> pa.Table
     with progress_bar("clips", len(todo)) as bar:
 
         def count(table: pa.Table) -> None:
+            off = pc.max(table.column("tiling_error")).as_py()
+            if off:
+                say(f"spatial tiles: latents are off by {off:.1%} (in the middle of a clip, relative)")
             for done in table.to_pylist():  # one file under two names is decoded once, and fails under both
                 twins = _take(good, by_key[done["key"]]).to_pylist()
                 if done["error"]:
@@ -270,6 +273,10 @@ def _clip_dataset(plan: RunPlan, todo: dict[str, dict[str, Any]], groups: list[o
     dataset = dataset.map(
         stages.VaeStage,  # type: ignore[arg-type]  (Ray Data's map takes classes, its annotation functions)
         fn_constructor_args=(plan.pretrained, device, first_frame, attempts),
+        fn_constructor_kwargs={
+            "patch_conv": config.precache.vae_enable_patch_conv,
+            "tiling": config.precache.vae_enable_tiling,
+        },
         compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
         **resources,
     )

@@ -144,19 +144,25 @@ def _decode(row: Rows) -> Rows:
 class VaeStage:
     """An actor with the VAE: `pixels` → the posterior as bf16 bits, for image-to-video also the first frame's alone."""
 
-    def __init__(self, pretrained: str, device: str, first_frame: bool, attempts: Attempts | None = None) -> None:
+    def __init__(
+        self, pretrained: str, device: str, first_frame: bool, attempts: Attempts | None = None,
+        *, patch_conv: bool = False, tiling: bool = False,
+    ) -> None:  # fmt: skip
         from k5dist.model.encoders import VideoAutoencoder, to_bits
 
-        self.vae, self.to_bits = VideoAutoencoder(pretrained, device), to_bits
-        self.first_frame, self.attempts = first_frame, attempts
+        self.vae = VideoAutoencoder(pretrained, device, patch_conv=patch_conv, tiling=tiling)
+        self.to_bits, self.first_frame, self.attempts = to_bits, first_frame, attempts
+        self.compare = tiling  # the first clip is encoded whole as well, to tell how far tiles are off
 
     def __call__(self, row: Rows) -> Rows:
         pixels = row.pop("pixels")
-        nothing: Rows = {"tensors": [], "shapes": [], "names": []}
+        nothing: Rows = {"tensors": [], "shapes": [], "names": [], "tiling_error": 0.0}
         return _guarded(row, "vae", self.attempts, partial(self._encode, pixels=pixels, nothing=nothing), nothing)
 
     def _encode(self, row: Rows, *, pixels: np.ndarray, nothing: Rows) -> Rows:
         try:
+            error_of_tiles = self.vae.tiling_error(pixels) if self.compare else 0.0
+            self.compare = False
             posterior = dict(zip(("mean", "logvar"), self.vae.encode(pixels), strict=True))
             if self.first_frame:
                 posterior |= dict(zip(("first_mean", "first_logvar"), self.vae.encode(pixels[:1]), strict=True))
@@ -164,6 +170,7 @@ class VaeStage:
             return row | nothing | _failed("vae", f"{type(error).__name__}: {error}")
         bits = {name: self.to_bits(tensor) for name, tensor in posterior.items()}
         return row | {
+            "tiling_error": error_of_tiles,
             "names": list(bits),
             "tensors": [array.tobytes() for array in bits.values()],
             "shapes": [list(array.shape) for array in bits.values()],
@@ -205,7 +212,7 @@ def write_samples(table: pa.Table, *, cache_uri: str, attempts: Attempts | None 
     table = one_group(table)
     with _bounded(attempts, "write", table.column("key").to_pylist(), "precache.shard_size_mib"):
         _write_samples(table, cache_uri)
-    return table.select(["key", "error", "stage"])
+    return table.select(["key", "error", "stage", "tiling_error"])
 
 
 def _write_samples(table: pa.Table, cache_uri: str) -> None:

@@ -57,6 +57,12 @@ def test_broken_clips_stop_nothing_and_are_all_named(folder: Path, tmp_path: Pat
     assert (stages["silent.mp4"], stages["text.mp4"]) == ("manifest", "probe")
     assert "too short" in next(row["reason"] for row in ledger if row["uri"].endswith("short.mp4"))
 
+    tiled = jobs.run(
+        tmp_path, *command, "name=tiled", "precache.max_failure_ratio=0.6", "precache.vae_enable_tiling=true"
+    )
+    assert "10 seen, 5 encoded, 0 cached before" in tiled.output, "tiles give other latents"
+    assert "spatial tiles: latents are off by" not in tiled.output, "a tiny picture is one tile"
+
     strict = jobs.run(tmp_path, *command)
     assert strict.process.returncode == 1, strict.output
     assert "precache.max_failure_ratio=0.1" in strict.output

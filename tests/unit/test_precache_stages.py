@@ -32,6 +32,7 @@ class Counted:
         del self.begun[f"{stage} {row['key']}"]
 
 
+DATASETS: Any = {"main": None}  # asked for only once the clip is open
 ROW = {"uri": "s3://b/x.mp4", "start": 0.0, "end": -1.0, "key": "k", "caption": "a", "error": "", "stage": ""} | {
     "frames": 17,
     "height": 64,
@@ -71,7 +72,7 @@ def test_a_store_that_is_away_is_no_fault_of_a_clip(stage: str, monkeypatch: pyt
     monkeypatch.setattr(storage, "open_read", away)
     monkeypatch.setattr(stages, "content_digest", away)
     work = {
-        "probe": partial(stages.probe_clip, datasets={"main": None}, unit=16, facts={}),  # type: ignore[dict-item,arg-type]
+        "probe": partial(stages.probe_clip, datasets=DATASETS, unit=16, facts={"first_frame": False}),
         "decode": stages.decode_row,
     }
     with pytest.raises(StorageUnavailable):
@@ -79,7 +80,10 @@ def test_a_store_that_is_away_is_no_fault_of_a_clip(stage: str, monkeypatch: pyt
 
 
 def test_a_shard_that_kills_its_writer_names_the_setting(tmp_path: Path) -> None:
-    attempts, table = Counted(), pa.Table.from_pylist([ROW | {"error": "broken", "stage": "decode"}])
+    attempts, table = (
+        Counted(),
+        pa.Table.from_pylist([ROW | {"error": "broken", "stage": "decode", "tiling_error": 0.0}]),
+    )
     stages.write_samples(table, cache_uri=str(tmp_path), attempts=attempts)  # type: ignore[arg-type]
     for _ in range(MAX_DEATHS):
         attempts.begin("write", ROW)
