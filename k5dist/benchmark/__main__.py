@@ -24,13 +24,19 @@ from k5dist.config import ConfigError, RunConfig
 from k5dist.console import say, show_table
 from k5dist.plan import RunPlan
 
-KERNELS = ("nabla", "text_attention", "vae", "text")  # with a command line of their own: no run is configured
-COMMANDS = ("train", "load", *KERNELS)
+STANDALONE = (
+    "nabla",
+    "text_attention",
+    "vae",
+    "text",
+    "scale",
+)  # these configure no run
+COMMANDS = ("train", "load", *STANDALONE)
 
 
 def main(arguments: Sequence[str]) -> int:
     command, *rest = arguments or ("",)
-    if command in KERNELS:
+    if command in STANDALONE:
         importlib.import_module(f"k5dist.benchmark.{command}").main(rest)
         return 0
     try:

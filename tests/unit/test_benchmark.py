@@ -14,6 +14,7 @@ import k5dist.model
 from k5dist.benchmark import __main__ as command
 from k5dist.benchmark.baseline import StockTransformer
 from k5dist.benchmark.density import with_density
+from k5dist.benchmark.scale import main as measure_scale
 from k5dist.benchmark.settings import Benchmark, BenchmarkSettings, plan_benchmark
 from k5dist.benchmark.shares import kind_of, length, longest_kernels, shares_of, union
 from k5dist.benchmark.text import main as time_text
@@ -289,3 +290,12 @@ def test_text_encoders_are_timed_and_batches_agree(tmp_path: Path) -> None:
     assert (alone["batch"], batched["batch"], found["captions"]) == (1, 4, 16)
     assert found["tokens"] > 16
     assert 0 < batched["difference"] < 1e-5, "padding may change the rounding of fp32, and no more"
+
+
+def test_every_part_of_many_samples_is_measured(tmp_path: Path) -> None:
+    measure_scale(["--rows", "300", "--out", str(tmp_path / "scale.json")])
+    found = json.loads((tmp_path / "scale.json").read_text())
+    assert found["rows"] == 300
+    assert found["parts"].keys() == {"read .jsonl", "read .csv", "read .parquet", "open the index", "order an epoch"}
+    assert all(part["seconds"] > 0 and part["peak_mib"] > 10 for part in found["parts"].values())
+    assert (found["parts"]["open the index"]["parts"], found["parts"]["order an epoch"]["batches"]) == (5, 6)
