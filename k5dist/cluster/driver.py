@@ -14,6 +14,7 @@ from ray.exceptions import RayActorError
 
 from k5dist import storage
 from k5dist.cluster.gang import Gang
+from k5dist.cluster.interrupts import Interrupts
 from k5dist.cluster.session import ray_session
 from k5dist.cluster.videos import VideoQueue
 from k5dist.config import ConfigError
@@ -182,17 +183,23 @@ class TrainingStage:
                 return f"a node was lost: {str(error).splitlines()[0]}"
 
     def _follow(self, lines: Any, bar: Bar) -> str | None:
-        for piece in lines:
-            if isinstance(piece, int):
-                return None if piece == 0 else f"exit status {piece}"
-            event = parse(piece)
-            self._log.write(piece + "\n")
-            if event is not None:
-                self._on_event(event, bar)
-            elif piece.strip():
-                self.tail = [*self.tail[-_KEPT_LINES:], piece]
-            self._log_videos(wait=False)
+        with Interrupts() as interrupts:
+            for piece in lines:
+                interrupts.check()
+                if isinstance(piece, int):
+                    return None if piece == 0 else f"exit status {piece}"
+                if piece is not None:
+                    self._on_line(piece, bar)
+                self._log_videos(wait=False)
         return "the output ended without an exit status"
+
+    def _on_line(self, line: str, bar: Bar) -> None:
+        event = parse(line)
+        self._log.write(line + "\n")
+        if event is not None:
+            self._on_event(event, bar)
+        elif line.strip():
+            self.tail = [*self.tail[-_KEPT_LINES:], line]
 
     def _on_event(self, event: dict[str, Any], bar: Bar) -> None:
         kind = event["kind"]

@@ -223,8 +223,10 @@ class Gang:
         # On a thread, so that Ctrl-C interrupts the main thread between lines and never within a call into Ray.
         threading.Thread(target=_collect, args=(streams, self._pieces), daemon=True).start()
 
-    def output(self) -> Iterator[str | int]:
-        """Every line of every node; the exit status last. May be left and entered again.
+    def output(self) -> Iterator[str | int | None]:
+        """Every line of every node; the exit status last, and None where nothing comes for half a second.
+
+        May be left and entered again.
 
         Raises:
             ray.exceptions.RayActorError: when a node or its agent is lost.
@@ -233,6 +235,7 @@ class Gang:
             try:
                 piece = self._pieces.get(timeout=0.5)
             except queue.Empty:
+                yield None
                 continue
             if isinstance(piece, BaseException):
                 raise piece
