@@ -1,0 +1,39 @@
+"""The run's configuration as frozen dataclasses, with every rule that needs nothing but the configuration itself.
+
+Pure Python on purpose: composing and refusing a configuration must take milliseconds. Defaults, units and meanings of
+the keys stand in one place, `conf/`; this package holds none, so a key that is missing there is an error here.
+"""
+
+from k5dist.config.cluster import ClusterConfig, ParallelConfig, StorageConfig, TrackingConfig
+from k5dist.config.model import FlavourConfig, LoraConfig, ModelConfig
+from k5dist.config.precache import PrecacheConfig
+from k5dist.config.run import STAGES, RunConfig
+from k5dist.config.train import CHECKPOINTING, OptimizerConfig, TrainConfig
+from k5dist.config.validation import RECOMMENDED_GUIDANCE, CheckpointConfig, ValidationConfig
+from k5dist.schema import ConfigError, nearest
+from k5dist.shapes import NABLA_BLOCK, PATCH, VAE_SPACE_COMPRESSION, VAE_TIME_COMPRESSION
+
+__all__ = [
+    "CHECKPOINTING",
+    "NABLA_BLOCK",  # with those constants of shapes that the model reads from here
+    "PATCH",
+    "RECOMMENDED_GUIDANCE",
+    "STAGES",
+    "VAE_SPACE_COMPRESSION",
+    "VAE_TIME_COMPRESSION",
+    "CheckpointConfig",
+    "ClusterConfig",
+    "ConfigError",
+    "FlavourConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "PrecacheConfig",
+    "RunConfig",
+    "StorageConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "ValidationConfig",
+    "nearest",
+]

@@ -1,0 +1,138 @@
+"""One run's configuration, whole, and the rules that hang on more than one of its parts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from k5dist.config.cluster import ClusterConfig, ParallelConfig, StorageConfig, TrackingConfig
+from k5dist.config.model import FlavourConfig, LoraConfig, ModelConfig
+from k5dist.config.precache import PrecacheConfig
+from k5dist.config.train import OptimizerConfig, TrainConfig
+from k5dist.config.validation import CheckpointConfig, ValidationConfig
+from k5dist.datasets import DataConfig, DatasetConfig
+from k5dist.schema import ConfigError, build, one_of
+from k5dist.shapes import NABLA_SIDE_UNIT, SIDE_UNIT, check_nabla_sides, default_resolution
+
+STAGES = ("plan", "verify", "precache", "train", "validate", "export", "prune")
+_LIGHT_STAGES = frozenset(("plan", "verify", "prune"))  # what needs no GPU
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """One run, whole. `from_mapping` is the only way in; what it returns has passed every rule of this module."""
+
+    name: str | None
+    stages: tuple[str, ...]
+    flavour: FlavourConfig
+    pretrained: str
+    model: ModelConfig
+    adapter: str
+    lora: LoraConfig
+    data: DataConfig
+    precache: PrecacheConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    parallel: ParallelConfig
+    cluster: ClusterConfig
+    storage: StorageConfig
+    tracking: TrackingConfig
+    validation: ValidationConfig
+    checkpoint: CheckpointConfig
+    resume: str
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> RunConfig:
+        return build(cls, mapping, "")
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain dicts, lists and scalars: what JSON and YAML can hold; `from_mapping` takes it back."""
+        return dataclasses.asdict(self)
+
+    def __post_init__(self) -> None:
+        for stage in self.stages:
+            if stage not in STAGES:
+                raise ConfigError("stages", stage, f"out of {', '.join(STAGES)}", f"stages=[{','.join(STAGES)}]")
+        if self.name is not None and (self.name in ("", ".", "..") or "/" in self.name):
+            raise ConfigError("name", self.name, "a plain folder name", "name=my-run")
+        if not self.stages:
+            raise ConfigError("stages", [], "at least one stage", f"stages=[{','.join(STAGES)}]")
+        self._check_no_credentials()
+        one_of("adapter", self.adapter, ("lora", "full"))
+        one_of("resume", self.resume, ("auto", "never"))
+        if self.pretrained == "???":
+            rule = f"flavour {self.flavour.name} names no public repository"
+            raise ConfigError("pretrained", None, rule, "pretrained=<hub id, local folder or s3:// URI>")
+        if self.model.is_sparse:
+            self._check_nabla()
+        for dataset in self.datasets:
+            self._check_dataset(dataset)
+        if self.model.num_heads % self.parallel.context:
+            heads = self.model.num_heads
+            divisors = [d for d in range(1, heads + 1) if heads % d == 0]
+            rule = f"Ulysses splits attention heads: the degree must divide the model's {heads} heads"
+            fix = f"parallel.context= one of {', '.join(map(str, divisors))}"
+            raise ConfigError("parallel.context", self.parallel.context, rule, fix)
+        if self.flavour.task == "i2v" and self.validation_shape[0] < 17:
+            rule = "the image-to-video pipeline normalises 5 latent frames after the first: at least 17 frames"
+            raise ConfigError("validation.num_frames", self.validation_shape[0], rule, "validation.num_frames=17")
+
+    def _check_dataset(self, dataset: DatasetConfig) -> None:
+        """What of a dataset hangs on the model and the task."""
+        dataset.resolutions(self.side_unit)
+        if self.flavour.task == "i2v" and dataset.frame_counts[-1] == 1:
+            name = "num_frames" if dataset.num_frames == 1 else "min_frames"
+            rule = "image-to-video learns the frames after the first: samples need more than one"
+            raise ConfigError(dataset.key(name), getattr(dataset, name), rule, f"{dataset.key(name)}=17")
+
+    def _check_no_credentials(self) -> None:
+        """Configurations are stored and shown: a login in a URI would be, too."""
+        uris = {"storage.root": self.storage.root, "tracking.uri": self.tracking.uri, "data.source": self.data.source}
+        uris |= {dataset.key("source"): dataset.source for dataset in self.datasets}
+        for key, uri in {**uris, "pretrained": self.pretrained}.items():
+            scheme, separator, rest = (uri or "").partition("://")
+            authority = rest.split("/", 1)[0]
+            if separator and "@" in authority:
+                shown = f"{scheme}://…@{authority.rsplit('@', 1)[1]}"
+                fix = "use the environment (AWS_*, MLFLOW_TRACKING_USERNAME and _PASSWORD) or a profile"
+                raise ConfigError(key, shown, "a configuration holds no credentials", fix)
+
+    def _check_nabla(self) -> None:
+        shapes = [
+            (data.key("resolution"), *sides) for data in self.datasets for sides in data.resolutions(self.side_unit)
+        ]
+        shapes.append(("validation.resolution", *self.validation_shape[1:]))
+        for key, height, width in shapes:
+            check_nabla_sides(key, height, width)
+
+    @property
+    def prepares(self) -> bool:
+        """Whether the cache is brought up to date: by the stage of that name, or to mend what `verify` finds."""
+        return "precache" in self.stages or ("verify" in self.stages and self.precache.repair)
+
+    @property
+    def needs_gpu(self) -> bool:
+        return self.prepares or not _LIGHT_STAGES.issuperset(self.stages)
+
+    @property
+    def datasets(self) -> tuple[DatasetConfig, ...]:
+        """Every dataset with its keys resolved: those of `data.datasets`, or `main` out of `data.*`."""
+        return self.data.resolve()
+
+    @property
+    def side_unit(self) -> int:
+        """What sides of buckets must be multiples of, in pixels."""
+        return NABLA_SIDE_UNIT if self.model.is_sparse else SIDE_UNIT
+
+    @property
+    def resolutions(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of all datasets' buckets."""
+        return tuple(dict.fromkeys(sides for data in self.datasets for sides in data.resolutions(self.side_unit)))
+
+    @property
+    def validation_shape(self) -> tuple[int, int, int]:
+        """Frames, height and width of the validation videos, in pixels."""
+        height, width = self.validation.resolution or default_resolution(self.resolutions)
+        frames = self.validation.num_frames or max(dataset.num_frames for dataset in self.datasets)
+        return (frames, height, width)
