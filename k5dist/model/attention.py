@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from k5dist.config import ConfigError
+from k5dist.model import norm_rope
 from k5dist.model.context import ContextGroup
 from k5dist.model.nabla import NablaParameters, nabla_attention, nabla_map
 from k5dist.model.text_attention import has_kernel, text_attention
@@ -72,6 +73,15 @@ def _normed(norm: nn.RMSNorm, x_BSHD: Tensor) -> Tensor:
     return F.rms_norm(x_BSHD.float(), norm.normalized_shape, norm.weight.float(), norm.eps).type_as(x_BSHD)
 
 
+def _prepared(norm: nn.RMSNorm, x_BSHD: Tensor, rope: Rope | None) -> Tensor:
+    """Queries or keys as attention takes them: normed and, with `rope`, turned."""
+    if norm_rope.has_kernel(x_BSHD):
+        eps = torch.finfo(torch.float32).eps if norm.eps is None else norm.eps  # as F.rms_norm has it
+        return norm_rope.norm_rope(x_BSHD, norm.weight, eps, rope)
+    normed = _normed(norm, x_BSHD)
+    return normed if rope is None else rotate(normed, rope)
+
+
 class Attention(nn.Module):
     """Multi-head attention with RMS-normed queries and keys; over a context-parallel group where it has one."""
 
@@ -107,9 +117,7 @@ class Attention(nn.Module):
         query = self.to_query(x_BSM).unflatten(-1, (-1, self.head_dim))
         key = self.to_key(source).unflatten(-1, (-1, self.head_dim))
         value = self.to_value(source).unflatten(-1, (-1, self.head_dim))
-        query, key = _normed(self.query_norm, query), _normed(self.key_norm, key)
-        if rope is not None:
-            query, key = rotate(query, rope), rotate(key, rope)
+        query, key = _prepared(self.query_norm, query, rope), _prepared(self.key_norm, key, rope)
         if text is not None and has_kernel(query):  # every worker of a context holds the whole text
             out = text_attention(query, key, value)
         elif self.context is None:

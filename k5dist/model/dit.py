@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from k5dist.config import NABLA_BLOCK, PATCH, ModelConfig
 from k5dist.model.attention import FLASH, Attention, Rope
 from k5dist.model.context import ContextGroup
+from k5dist.model.gelu import gelu
 from k5dist.model.nabla import NablaParameters
 from k5dist.model.recompute import run_block
 
@@ -129,11 +130,10 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, ff_dim: int) -> None:
         super().__init__()
         self.in_layer = nn.Linear(dim, ff_dim, bias=False)
-        self.activation = nn.GELU()
         self.out_layer = nn.Linear(ff_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out_layer(self.activation(self.in_layer(x)))
+        return self.out_layer(gelu(self.in_layer(x)))
 
     def added(self, x_BSM: Tensor, gate_B1M: Tensor, normed_BSM: Tensor) -> Tensor:
         """x + gate · forward(normed).
@@ -147,7 +147,7 @@ class FeedForward(nn.Module):
         if not trained or len(x_BSM) > 1 or x_BSM.dtype == torch.float32:
             return _gated(x_BSM, gate_B1M, self(normed_BSM))
         weight = (gate_B1M.flatten()[:, None] * layer.weight.float()).type_as(x_BSM)
-        out = F.linear(self.activation(self.in_layer(normed_BSM)), weight)
+        out = F.linear(gelu(self.in_layer(normed_BSM)), weight)
         return (x_BSM.float() + out.float()).type_as(x_BSM)
 
 

@@ -65,6 +65,9 @@ def _is_communication(error: Exception) -> bool:
 
 def start_process_group(plan: RunPlan) -> torch.device:
     if plan.world.device == "cuda":
+        # Segments that grow instead of new ones beside them: sizes change from moment to moment, and what no longer
+        # fits its segment would lie waste (in full fine-tuning 17% of the peak). Read when the first tensor is made.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=START_TIMEOUT)
