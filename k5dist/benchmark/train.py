@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import platform
 import resource
 import statistics
@@ -60,13 +61,18 @@ def measure(benchmark: Benchmark, device: torch.device) -> dict[str, Any]:
     objective = make_objective(config, device)
     work = TrainStep(plan, transformer, make_optimiser(transformer, config.optimizer, device), objective, None)
     clip = make_clip(benchmark)
-    losses, seconds = [], []
+    losses, norms, seconds = [], [], []
     for number in range(1, settings.warmup + settings.steps + 1):
         if number == settings.warmup + 1 and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
-        losses.append(work.update(make_step(clip, plan.batch_size, number), number)[0])
+        loss, norm = work.update(make_step(clip, plan.batch_size, number), number)
         seconds.append(time.perf_counter() - started)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            # Nothing that is timed after it would mean anything: a GPU that multiplies NaNs draws less power.
+            raise FloatingPointError(f"step {number}: the loss is {loss}, the gradient's norm {norm}")
+        losses.append(loss)
+        norms.append(norm)
     peak = peak_memory(device)
     kept = measured_density(work, clip) if config.model.is_sparse and benchmark.loop == "k5dist" else 1.0
     shares, kernels = profile_step(work, clip, len(losses) + 1, device) if settings.profile else (None, None)
@@ -75,6 +81,7 @@ def measure(benchmark: Benchmark, device: torch.device) -> dict[str, Any]:
         "first_step_seconds": seconds[0],
         "step_seconds": seconds[settings.warmup :],
         "losses": losses,
+        "gradient_norms": norms,
         "shares": shares,
         "kernels": kernels,
         "memory": peak | {"predicted_gib": predicted(benchmark)},

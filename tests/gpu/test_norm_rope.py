@@ -38,9 +38,9 @@ def test_the_kernels_equal_the_reference(tokens: int, heads: int, dim: int, turn
     leaf, leaf_weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
     out = torch.compile(norm_rope, fullgraph=True)(leaf, leaf_weight, EPS, rope)
     dx, dweight = torch.autograd.grad(out, (leaf, leaf_weight), grad)
-    wide = x.float(), weight.float(), *tables
-    assert relative(out, reference_forward(*wide, EPS)) < 5e-3
-    exact_dx, exact_dweight = reference_backward(grad.float(), *wide, EPS, True)
+    wide, wide_weight = x.float(), weight.float()
+    assert relative(out, reference_forward(wide, wide_weight, *tables, EPS)) < 5e-3
+    exact_dx, exact_dweight = reference_backward(grad.float(), wide, wide_weight, *tables, EPS, True)
     assert relative(dx, exact_dx) < 3e-3
     assert relative(dweight, exact_dweight) < 3e-3
     norm = torch.nn.RMSNorm(dim).cuda().bfloat16()
