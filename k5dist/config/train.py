@@ -1,4 +1,4 @@
-"""How it is trained: steps, numbers, loss, optimiser."""
+"""How it is trained: steps, numbers, loss."""
 
 from __future__ import annotations
 
@@ -44,25 +44,3 @@ class TrainConfig:
             raise ConfigError("train.caption_dropout", self.caption_dropout, rule, "train.caption_dropout=0.1")
         if self.timestep_shift is not None:
             positive("train.timestep_shift", self.timestep_shift)
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    kind: str
-    lr: float
-    betas: tuple[float, ...]
-    eps: float
-    weight_decay: float
-    max_grad_norm: float
-    schedule: str
-    warmup_steps: int
-
-    def __post_init__(self) -> None:
-        one_of("optimizer.kind", self.kind, ("adamw", "adamw_bf16"))
-        positive("optimizer.lr", self.lr)
-        positive("optimizer.max_grad_norm", self.max_grad_norm)
-        one_of("optimizer.schedule", self.schedule, ("constant", "cosine"))
-        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
-            raise ConfigError("optimizer.betas", self.betas, "two numbers, 0 ≤ β < 1", "optimizer.betas=[0.9,0.99]")
-        if self.warmup_steps < 0:
-            raise ConfigError("optimizer.warmup_steps", self.warmup_steps, "steps ≥ 0", "optimizer.warmup_steps=0")

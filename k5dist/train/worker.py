@@ -147,7 +147,7 @@ def build_trainer(plan: RunPlan, device: torch.device) -> tuple[Trainer, Dataset
         group=new_gloo_group(),
     )
     stop = StopSignal(new_gloo_group())
-    optimiser = make_optimiser(transformer, config.optimizer, device)
+    optimiser = make_optimiser(transformer, config.optimizer, device, dtype)
     step = TrainStep(plan, transformer, optimiser, objective, dataset.texts)
     trainer = Trainer(plan, step, checkpoints, None, stop, TrainState())
     if "validate" in config.stages:
