@@ -1,4 +1,4 @@
-"""Muon (Jordan et al. 2024; Liu et al., arXiv 2502.16982) for the blocks' matrices, AdamW for the rest, on FSDP2's shards.
+"""Muon (Jordan et al. 2024; Liu et al., arXiv 2502.16982) for the blocks' matrices, AdamW for the rest, on shards.
 
 The update of a matrix is the orthogonal factor of its momentum, times 0.2 √max(rows, columns): the root mean square of
 AdamW's updates, so that AdamW's learning rate and decay serve both. Newton-Schulz needs the matrix whole. `torch.optim.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -80,21 +81,17 @@ def make_optimiser(
     groups = parameter_groups(model, config)
     betas = (config.betas[0], config.betas[1])
     options: dict[str, Any] = {"lr": config.lr, "betas": betas, "eps": config.eps, "weight_decay": config.weight_decay}
-    match config.kind:
-        case "adamw_bf16":
-            return StochasticAdamW(groups, **options)
-        case "adamw_8bit":
-            return AdamW8bit(groups, **options)
-        case "adamw_schedulefree":
-            return ScheduleFreeAdamW(groups, **options)
-        case "adafactor":
-            return Adafactor(groups, config.lr, config.weight_decay, config.adafactor_relative_lr)
-        case "prodigy":
-            extra = {"d0": config.prodigy_d0, "d_coef": config.prodigy_d_coef}
-            return Prodigy(groups, **options, **extra, safeguard_warmup=config.warmup_steps > 0)
-        case "muon":
-            return Muon(groups, **options, momentum=config.muon_momentum, dtype=dtype)
-    return torch.optim.AdamW(groups, **options, fused=device.type == "cuda")
+    prodigy = {"d0": config.prodigy_d0, "d_coef": config.prodigy_d_coef, "safeguard_warmup": config.warmup_steps > 0}
+    kinds: dict[str, Callable[[], torch.optim.Optimizer]] = {
+        "adamw": lambda: torch.optim.AdamW(groups, **options, fused=device.type == "cuda"),
+        "adamw_bf16": lambda: StochasticAdamW(groups, **options),
+        "adamw_8bit": lambda: AdamW8bit(groups, **options),
+        "adamw_schedulefree": lambda: ScheduleFreeAdamW(groups, **options),
+        "adafactor": lambda: Adafactor(groups, config.lr, config.weight_decay, config.adafactor_relative_lr),
+        "prodigy": lambda: Prodigy(groups, **options, **prodigy),
+        "muon": lambda: Muon(groups, **options, momentum=config.muon_momentum, dtype=dtype),
+    }
+    return kinds[config.kind]()
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:

@@ -4,6 +4,7 @@ One start of two workers trains all kinds one after the other, on a model whose 
 does the same here. Whole runs of single kinds are beside them.
 """
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from k5dist import export
 from k5dist.compose import compose, to_run_config
 from k5dist.config import OPTIMIZERS, OptimizerConfig
+from k5dist.plan import RunPlan
 from k5dist.train.optimiser import make_optimiser, optimiser_tensors
+from k5dist.train.validate import probe_uri, read_tensors
+from tests.distributed.gangs import Result, assert_close, make_run
+from tests.distributed.gangs import train as train_runs
+from tests.distributed.test_training import continued
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -80,7 +87,7 @@ def take(model: nn.Module, optimiser: torch.optim.Optimizer, steps: range) -> No
 
 
 def trained(kind: str, folder: Path) -> dict[str, Tensor]:
-    """Weights (and an average's) after STEPS steps; with a group of workers sharded, saved half-way and gone on from."""
+    """Weights (and an average's) after STEPS steps; in a group of workers sharded, saved half-way and gone on from."""
     config = optimizer_config(kind)
     model = sharded(Model())
     optimiser = make_optimiser(model, config, CPU)
@@ -163,3 +170,78 @@ def test_one_worker_goes_on_from_two(kind: str, on_two: tuple[Path, dict[str, di
     take(model, optimiser, range(STEPS // 2, STEPS))
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.detach(), results[kind][name], rtol=1e-5, atol=1e-6)
+
+
+# Whole runs
+
+FULL = ("adapter=full", "checkpoint.every=4", "checkpoint.keep=2", "stages=[train,validate]", "data.held_out=0.2")
+FULL += ("validation.every=4", "validation.prompts=[]", "validation.timesteps=2")
+RUNS = {
+    "ema": ("ema.enabled=true", "ema.decay=0.5", "ema.update_after=1", "optimizer.lr=3e-3"),
+    "schedulefree": ("optimizer.kind=adamw_schedulefree", "optimizer.lr=3e-3"),
+    "muon": ("optimizer.kind=muon", "optimizer.lr=3e-3"),
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def runs(root: Path, tiny_t2v: Path) -> dict[str, tuple[RunPlan, Result]]:
+    plans = [make_run(root, tiny_t2v, name, *FULL, *settings) for name, settings in RUNS.items()]
+    return dict(zip(RUNS, zip(plans, train_runs(*plans), strict=True), strict=True))
+
+
+def validation_losses(result: Result) -> dict[int, float]:
+    return {event["step"]: event["losses"]["loss"] for event in result.events("validation")}
+
+
+def test_runs_on_two_workers_validate_as_on_one(
+    root: Path, tiny_t2v: Path, runs: dict[str, tuple[RunPlan, Result]]
+) -> None:
+    plans = [make_run(root, tiny_t2v, f"{name}-2", *FULL, *settings, workers=2) for name, settings in RUNS.items()]
+    for (plan, alone), sharded_run in zip(runs.values(), train_runs(*plans), strict=True):
+        assert sorted(alone.losses) == [1, 2, 3, 4, 5, 6], plan.name
+        assert_close(sharded_run.losses, alone.losses, 1e-4)
+        assert_close(validation_losses(sharded_run), validation_losses(alone), 1e-4)
+        assert sorted(validation_losses(alone)) == [0, 4, 6]
+
+
+def test_runs_go_on_to_the_bit(root: Path, tiny_t2v: Path, runs: dict[str, tuple[RunPlan, Result]]) -> None:
+    plans = [
+        continued(runs[name][0], make_run(root, tiny_t2v, f"{name}-on", *FULL, *settings), [4])
+        for name, settings in RUNS.items()
+    ]
+    for (_, undisturbed), resumed in zip(runs.values(), train_runs(*plans), strict=True):
+        assert resumed.losses == {step: undisturbed.losses[step] for step in (5, 6)}
+        assert validation_losses(resumed)[6] == validation_losses(undisturbed)[6]
+
+
+def test_what_is_exported_is_what_was_validated(runs: dict[str, tuple[RunPlan, Result]]) -> None:
+    """The probe is sampled with the average's weights, and the raw ones would not give it."""
+    for name, weights in (("ema", "ema"), ("schedulefree", "average"), ("muon", "raw")):
+        plan = runs[name][0]
+        report = export.export_run(plan)
+        assert report.weights == weights
+        assert report.error <= report.tolerance < report.difference_to_base
+    plan = runs["ema"][0]
+    raw = dataclasses.replace(plan.config.ema, export=False)
+    report = export.export_run(dataclasses.replace(plan, config=dataclasses.replace(plan.config, ema=raw)))
+    assert report.weights == "raw"
+    assert report.error <= report.tolerance
+    probe = read_tensors(probe_uri(plan))
+    distance = (probe["latents"] - probe["latents.raw"]).norm() / probe["latents"].norm()
+    assert float(distance) > 3 * report.tolerance, "each export is told from the other"
+
+
+def test_losses_are_those_of_the_averages_weights(
+    root: Path, tiny_t2v: Path, runs: dict[str, tuple[RunPlan, Result]]
+) -> None:
+    """With all of the average's updates to come, the average is the base: its validation losses are step 0's."""
+    still = ("ema.enabled=true", "ema.decay=0.999999", "optimizer.lr=3e-3")
+    (result,) = train_runs(make_run(root, tiny_t2v, "still", *FULL, *still, workers=2))
+    losses = validation_losses(result)
+    assert losses[6] == pytest.approx(losses[0], rel=1e-4)
+    assert abs(validation_losses(runs["ema"][1])[6] / losses[0] - 1) > 1e-3

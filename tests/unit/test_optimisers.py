@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import prodigyopt
 import pytest
@@ -66,7 +67,7 @@ def assert_equal(ours: nn.Module, theirs: nn.Module, atol: float) -> None:
 
 def references(model: nn.Module, kind: str, c: OptimizerConfig) -> torch.optim.Optimizer:
     weights = list(model.parameters())
-    shared = {"lr": c.lr, "betas": c.betas, "eps": c.eps, "weight_decay": c.weight_decay}
+    shared: dict[str, Any] = {"lr": c.lr, "betas": c.betas, "eps": c.eps, "weight_decay": c.weight_decay}
     if kind == "adafactor":
         return torch.optim.Adafactor(weights, lr=c.lr, weight_decay=c.weight_decay)
     if kind == "prodigy":
@@ -100,10 +101,8 @@ def test_prodigys_estimate_grows_with_gradients_that_agree() -> None:
     theirs = copy.deepcopy(model)
     c = config("prodigy", "optimizer.warmup_steps=5")
     optimiser = make_optimiser(model, c, CPU)
-    reference = prodigyopt.Prodigy(
-        theirs.parameters(),
-        **{"betas": c.betas, "weight_decay": c.weight_decay, "use_bias_correction": True, "safeguard_warmup": True},
-    )
+    options: dict[str, Any] = {"betas": c.betas, "weight_decay": c.weight_decay}
+    reference = prodigyopt.Prodigy(theirs.parameters(), **options, use_bias_correction=True, safeguard_warmup=True)
     for step in range(1, 40):
         for rates in (optimiser, reference):
             set_learning_rate(rates, min(1.0, step / 5))
@@ -148,7 +147,7 @@ def test_muon_is_torchs_on_matrices_and_adamw_elsewhere() -> None:
     ours, theirs, c = Model(), Model(), config("muon")
     matrix = theirs.get_parameter(f"{BLOCK}.0.feed_forward.weight")
     rest = [parameter for parameter in theirs.parameters() if parameter is not matrix]
-    options = {"lr": c.lr, "weight_decay": c.weight_decay}
+    options: dict[str, Any] = {"lr": c.lr, "weight_decay": c.weight_decay}
     muon = torch.optim.Muon([matrix], **options, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(rest, **options, betas=(0.9, 0.99))
     optimiser = make_optimiser(ours, c, CPU, torch.bfloat16)
