@@ -1,7 +1,8 @@
 """The flow-matching objective, keyed: every draw is a function of (seed, epoch, sample), never of rank or history.
 
-x_t = (1 − σ) x0 + σ ε, target ε − x0, timestep 1000 σ (Kandinsky 5.0 report); how σ is drawn and what it counts stands in
-`k5dist.train.timesteps`. For image-to-video the clean first frame stands in x_t and the loss covers the frames after it.
+x_t = (1 − σ) x0 + σ ε, target ε − x0, timestep 1000 σ (Kandinsky 5.0 report). How σ is drawn and what it counts stands
+in `k5dist.train.timesteps`. For image-to-video the clean first frame stands in x_t and the loss covers the frames after
+it.
 
 Shape suffixes: T H W latent frames and sides, C 16 latent channels.
 """

@@ -48,9 +48,9 @@ def stratum(seed: int, epoch: int, batch: int, position: int, size: int) -> floa
     """The quantile of the clip at `position` of a batch of `size` real clips.
 
     Each of `size` equal strata is drawn from once a batch: which clip gets which is shuffled, and all stand at one
-    place in theirs, which moves by the golden ratio from batch to batch (the low-discrepancy times of arXiv 2107.00630,
-    with a sequence in place of a draw). So a batch is even over quantiles, and so are the steps of an epoch together; each
-    clip's own quantile is uniform. A function of its arguments alone: the same on any number of workers.
+    place in theirs, which moves by the golden ratio from batch to batch (the low-discrepancy times of arXiv
+    2107.00630, with a sequence in place of a draw). So a batch is even over quantiles, the batches of an epoch are
+    together, and each clip's own quantile is uniform. The same on any number of workers.
     """
     order = np.random.Generator(np.random.Philox(seed_of(seed, epoch, batch, "strata"))).permutation(size)
     place = (unit_interval(seed, epoch, "strata") + batch * GOLDEN) % 1
