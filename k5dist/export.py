@@ -26,6 +26,7 @@ from k5dist.model.forward import nabla_parameters
 from k5dist.model.pretrained import component_folder
 from k5dist.model.transformer import build_transformer
 from k5dist.plan import RunPlan
+from k5dist.train.adaptive import averaged
 from k5dist.train.checkpoint import committed_steps, step_folder
 from k5dist.train.validate import probe_uri, read_tensors
 
@@ -49,6 +50,7 @@ class ExportReport:
     error: float
     tolerance: float
     difference_to_base: float
+    weights: str = "raw"  # or ema, or average (a schedule-free optimiser's)
 
 
 def export_run(plan: RunPlan) -> ExportReport:
@@ -63,7 +65,7 @@ def export_run(plan: RunPlan) -> ExportReport:
         rule = "the run has no committed checkpoint to export"
         raise ConfigError("stages", list(plan.config.stages), rule, "run with train among the stages")
     target = storage.join(plan.run_uri, "export")
-    done = _finished(target, steps[-1])
+    done = _finished(target, steps[-1], _source(plan))
     if done:
         return done
     with storage.scratch_folder("export") as folder:
@@ -79,7 +81,7 @@ def export_run(plan: RunPlan) -> ExportReport:
         error, difference = _verify(plan, out)
         files = tuple(sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()))
         tolerance = TOLERANCE[plan.config.train.precision]
-        report = ExportReport(steps[-1], target, files, error, tolerance, difference)
+        report = ExportReport(steps[-1], target, files, error, tolerance, difference, _source(plan))
         if not error <= tolerance:
             raise ExportMismatch(
                 f"the exported model's latents differ from the trained model's by {error:.2e} (allowed {tolerance:.0e})"
@@ -89,12 +91,20 @@ def export_run(plan: RunPlan) -> ExportReport:
     return report
 
 
-def _finished(target: str, step: int) -> ExportReport | None:
+def _finished(target: str, step: int, weights: str) -> ExportReport | None:
     uri = storage.join(target, REPORT)
     if not storage.exists(uri):
         return None
     found = json.loads(storage.read_text(uri))
-    return ExportReport(**{**found, "files": tuple(found["files"])}) if found["step"] == step else None
+    report = ExportReport(**{**found, "files": tuple(found["files"])})
+    return report if (report.step, report.weights) == (step, weights) else None
+
+
+def _source(plan: RunPlan) -> str:
+    """Which weights are exported: those that were validated, or the raw ones where asked for."""
+    if plan.config.ema.enabled and plan.config.ema.export:
+        return "ema"
+    return "average" if plan.config.optimizer.kind == "adamw_schedulefree" else "raw"
 
 
 def _model_tensors(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
@@ -114,13 +124,29 @@ def _read(checkpoint: Path, entries: dict[str, TensorStorageMetadata]) -> dict[s
     return tensors
 
 
+def _weights(plan: RunPlan, checkpoint: Path, entries: dict[str, TensorStorageMetadata]) -> dict[str, Tensor]:
+    """The weights to export of those that `entries` name."""
+    source = _source(plan)
+    if source == "ema":
+        tensors = {name: torch.empty(entry.size, dtype=torch.float32) for name, entry in entries.items()}
+        dcp.load({"ema": tensors}, checkpoint_id=str(checkpoint), no_dist=True)
+        return tensors
+    tensors = _read(checkpoint, entries)
+    if source == "average":
+        z = {name: {"z": torch.empty_like(tensor)} for name, tensor in tensors.items()}
+        dcp.load({"optimizer": z}, checkpoint_id=str(checkpoint), no_dist=True)
+        beta1 = plan.config.optimizer.betas[0]
+        tensors = {name: averaged(tensor, z[name]["z"], beta1) for name, tensor in tensors.items()}
+    return tensors
+
+
 def _write_lora(plan: RunPlan, checkpoint: Path, out: Path) -> None:
     from diffusers import Kandinsky5T2VPipeline
     from peft import get_peft_model_state_dict
 
     dtype = torch.bfloat16
     transformer: Any = build_transformer(plan.pretrained, plan.config.model, lora=plan.config.lora, dtype=dtype)
-    tensors = _read(checkpoint, _model_tensors(checkpoint))
+    tensors = _weights(plan, checkpoint, _model_tensors(checkpoint))
     layers: Any = get_peft_model_state_dict(transformer, state_dict=tensors)
     assert len(layers) == len(tensors), "every adapter tensor has a place in PEFT's format"
     Kandinsky5T2VPipeline.save_lora_weights(
@@ -145,7 +171,7 @@ def _write_transformer(plan: RunPlan, checkpoint: Path, out: Path) -> None:
         file = f"diffusion_pytorch_model{suffix}.safetensors"
         tensors = {
             name: tensor.to(torch.float32 if any(p in keep_fp32 for p in name.split(".")) else compute)
-            for name, tensor in _read(checkpoint, group).items()
+            for name, tensor in _weights(plan, checkpoint, group).items()
         }
         safetensors.torch.save_file(tensors, out / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
@@ -172,7 +198,8 @@ def _groups(entries: dict[str, TensorStorageMetadata]) -> Iterator[dict[str, Ten
 def _verify(plan: RunPlan, out: Path) -> tuple[float, float]:
     """Relative errors of the pipeline's latents: with the export against the trained model, and base against it."""
     probe = read_tensors(probe_uri(plan))
-    trained = probe["latents"].float()
+    raw = plan.config.ema.enabled and not plan.config.ema.export
+    trained = probe["latents.raw" if raw else "latents"].float()
     base_folder = component_folder(plan.pretrained, "transformer")
     base = _pipeline(plan, base_folder)
     if "first_frame" in probe:  # the pipeline evens out the first frames after sampling

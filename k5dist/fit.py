@@ -164,7 +164,9 @@ def _lighter_training(config: RunConfig, facts: ClusterFacts) -> Sequence[Iterab
     """Weights, gradients and moments in bf16; an adapter instead of all weights."""
     if config.adapter != "full":
         return []
-    kinds: list[Change] = [{"optimizer.kind": "adamw_bf16"}] if config.optimizer.kind == "adamw" else []
+    kinds: list[Change] = (
+        [{"optimizer.kind": "adamw_bf16"}] if config.optimizer.kind in ("adamw", "adamw_schedulefree") else []
+    )
     return [_degrees(config, change) for change in (*kinds, {"adapter": "lora"})]
 
 

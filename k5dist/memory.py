@@ -30,8 +30,12 @@ MARGIN = 0.08
 # allocator does not count them.
 RUNTIME_BYTES = 1.25 * GIB
 
-# Bytes of a number in a trained weight, its gradient and its two moments. The modules that stay in fp32 keep theirs so.
-STATE_BYTES = {"adamw": FP32, "adamw_bf16": 2}
+# Bytes of a trained weight and of its gradient where not fp32; the modules that stay in fp32 keep theirs so.
+WEIGHT_BYTES = {"adamw_bf16": 2}
+# Bytes of what an optimiser keeps of a weight: two moments; z and a moment; four tensors; two codes with a scale a
+# block of 256. Muon keeps one moment of the blocks' matrices, Adafactor rows and columns.
+STATE_BYTES = {"adamw": 2 * FP32, "adamw_bf16": 2 * 2, "adamw_schedulefree": 2 * FP32, "prodigy": 4 * FP32}
+STATE_BYTES |= {"adamw_8bit": 2 * (1 + FP32 / 256), "muon": FP32}
 
 # FSDP2 holds the block at work and the one it prefetches whole, also where there is but one shard. Full fine-tuning
 # adds the unsharded gradients of up to two blocks, in the compute type, and the fp32 input of one reduce-scatter.
@@ -128,7 +132,7 @@ def _moment(config: RunConfig, world: World, bucket: Bucket, recompute: Recomput
     return Memory(
         weights=_weights(config, world),
         gradients=_gradients(config, world, model.num_visual_blocks - 1 - block),
-        optimizer=2 * _trained_bytes(config) / world.weight_shards,  # two moments
+        optimizer=_state_bytes(config) / world.weight_shards,
         gathered=_gathered(config, world),
         kept=kept,
         working=working,
@@ -222,7 +226,20 @@ def _unit(config: RunConfig, world: World, bucket: Bucket) -> int:
 def _trained_bytes(config: RunConfig) -> int:
     """One number for each trained weight, in the type that the optimiser works in."""
     exact = estimate.exact_parameters(config.model) if config.adapter == "full" else 0
-    return (trainable_parameters(config) - exact) * STATE_BYTES[config.optimizer.kind] + exact * FP32
+    return (trainable_parameters(config) - exact) * WEIGHT_BYTES.get(config.optimizer.kind, FP32) + exact * FP32
+
+
+def _state_bytes(config: RunConfig) -> float:
+    """What the optimiser keeps, and an average of the weights where it lies on the device."""
+    count, kind = trainable_parameters(config), config.optimizer.kind
+    exact = estimate.exact_parameters(config.model) if config.adapter == "full" else 0
+    average = count * FP32 if config.ema.enabled and config.ema.device == "device" else 0
+    if kind == "adafactor":  # a row's and a column's mean for each of a matrix's, by its shorter side
+        shorter = config.model.model_dim if config.adapter == "full" else config.lora.rank
+        return count * 2 * FP32 / shorter + average
+    if kind in ("adamw_bf16", "muon"):  # these differ in the modules that stay in fp32: modulations for the most part
+        return (count - exact) * STATE_BYTES[kind] + exact * 2 * FP32 + average
+    return count * STATE_BYTES[kind] + average
 
 
 def _weights(config: RunConfig, world: World) -> float:
@@ -248,7 +265,9 @@ def _gradients(config: RunConfig, world: World, blocks: int) -> float:
     if accumulates:
         return whole / world.weight_shards
     size, exact = estimate.visual_block_parameters(config.model), estimate.visual_block_exact_parameters(config.model)
-    return blocks * ((size - exact) * STATE_BYTES[config.optimizer.kind] + exact * FP32) / world.weight_shards
+    return (
+        blocks * ((size - exact) * WEIGHT_BYTES.get(config.optimizer.kind, FP32) + exact * FP32) / world.weight_shards
+    )
 
 
 def _gathered(config: RunConfig, world: World) -> float:

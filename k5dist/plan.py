@@ -164,11 +164,19 @@ def _run_identity(config: RunConfig) -> dict[str, Any]:
     train = {key: value for key, value in everything["train"].items() if key not in speed}
     return {key: everything[key] for key in keys} | {
         "train": train,
+        "ema": _ema_identity(config),
+        "negative": config.validation.negative_prompt if config.train.unconditional == "negative" else None,
         "datasets": [_dataset_identity(config, dataset) for dataset in config.datasets],
         "held_out": config.data.held_out,
         "latents": config.precache.latents,
         "task": config.flavour.task,
     }
+
+
+def _ema_identity(config: RunConfig) -> dict[str, Any] | None:
+    """What the average is; where it lies and what is exported are no part of it."""
+    ema = config.ema
+    return {"decay": ema.decay, "after": ema.update_after, "every": ema.every} if ema.enabled else None
 
 
 def _dataset_identity(config: RunConfig, dataset: DatasetConfig) -> dict[str, Any]:

@@ -59,7 +59,8 @@ def measure(benchmark: Benchmark, device: torch.device) -> dict[str, Any]:
     config = plan.config
     transformer = build(benchmark, device)
     objective = make_objective(config, device)
-    work = TrainStep(plan, transformer, make_optimiser(transformer, config.optimizer, device), objective, None)
+    optimiser = make_optimiser(transformer, config.optimizer, device, objective.dtype)
+    work = TrainStep(plan, transformer, optimiser, objective, None)
     clip = make_clip(benchmark)
     losses, norms, seconds = [], [], []
     for number in range(1, settings.warmup + settings.steps + 1):

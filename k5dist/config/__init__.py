@@ -6,9 +6,10 @@ the keys stand in one place, `conf/`; this package holds none, so a key that is 
 
 from k5dist.config.cluster import ClusterConfig, ParallelConfig, StorageConfig, TrackingConfig
 from k5dist.config.model import FlavourConfig, LoraConfig, ModelConfig
+from k5dist.config.optimizer import OPTIMIZERS, EmaConfig, OptimizerConfig
 from k5dist.config.precache import PrecacheConfig
 from k5dist.config.run import STAGES, RunConfig
-from k5dist.config.train import CHECKPOINTING, OptimizerConfig, TrainConfig
+from k5dist.config.train import CHECKPOINTING, TrainConfig
 from k5dist.config.validation import RECOMMENDED_GUIDANCE, CheckpointConfig, ValidationConfig
 from k5dist.schema import ConfigError, nearest
 from k5dist.shapes import NABLA_BLOCK, PATCH, VAE_SPACE_COMPRESSION, VAE_TIME_COMPRESSION
@@ -16,6 +17,7 @@ from k5dist.shapes import NABLA_BLOCK, PATCH, VAE_SPACE_COMPRESSION, VAE_TIME_CO
 __all__ = [
     "CHECKPOINTING",
     "NABLA_BLOCK",  # with those constants of shapes that the model reads from here
+    "OPTIMIZERS",
     "PATCH",
     "RECOMMENDED_GUIDANCE",
     "STAGES",
@@ -24,6 +26,7 @@ __all__ = [
     "CheckpointConfig",
     "ClusterConfig",
     "ConfigError",
+    "EmaConfig",
     "FlavourConfig",
     "LoraConfig",
     "ModelConfig",

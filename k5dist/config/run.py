@@ -8,8 +8,9 @@ from typing import Any
 
 from k5dist.config.cluster import ClusterConfig, ParallelConfig, StorageConfig, TrackingConfig
 from k5dist.config.model import FlavourConfig, LoraConfig, ModelConfig
+from k5dist.config.optimizer import EmaConfig, OptimizerConfig
 from k5dist.config.precache import PrecacheConfig
-from k5dist.config.train import OptimizerConfig, TrainConfig
+from k5dist.config.train import TrainConfig
 from k5dist.config.validation import CheckpointConfig, ValidationConfig
 from k5dist.datasets import DataConfig, DatasetConfig
 from k5dist.schema import ConfigError, build, one_of
@@ -34,6 +35,7 @@ class RunConfig:
     precache: PrecacheConfig
     train: TrainConfig
     optimizer: OptimizerConfig
+    ema: EmaConfig
     parallel: ParallelConfig
     cluster: ClusterConfig
     storage: StorageConfig
@@ -64,6 +66,9 @@ class RunConfig:
         if self.pretrained == "???":
             rule = f"flavour {self.flavour.name} names no public repository"
             raise ConfigError("pretrained", None, rule, "pretrained=<hub id, local folder or s3:// URI>")
+        if self.ema.enabled and self.optimizer.kind == "adamw_schedulefree":
+            rule = "a schedule-free optimiser's weights are an average already"
+            raise ConfigError("ema.enabled", True, rule, "ema.enabled=false or optimizer.kind=adamw")
         if self.model.is_sparse:
             self._check_nabla()
         for dataset in self.datasets:

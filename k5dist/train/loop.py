@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import resource
 import time
@@ -16,8 +17,10 @@ from k5dist.estimate import forward_flops, gpu_facts
 from k5dist.events import emit
 from k5dist.plan import RunPlan
 from k5dist.train.checkpoint import Checkpoints
+from k5dist.train.ema import Ema, replaced
 from k5dist.train.feed import Feed, Step
 from k5dist.train.optimiser import learning_rate, optimiser_tensors, trainable_parameters
+from k5dist.train.sharded import ShardedOptimizer
 from k5dist.train.signals import StopSignal
 from k5dist.train.step import TrainStep
 from k5dist.train.validate import Validator
@@ -50,6 +53,7 @@ class Trainer:
     validator: Validator | None
     stop: StopSignal
     state: TrainState
+    ema: Ema | None = None
     history: list[dict[str, Any]] = field(default_factory=list)  # metrics since the last checkpoint
 
     @property
@@ -61,7 +65,8 @@ class Trainer:
         config = self.plan.config
         steps = iter(feed)
         if self.state.step == 0 and self.validator is not None:
-            self.validator.report_losses(self.transformer, 0)
+            with self.evaluated():
+                self.validator.report_losses(self.transformer, 0)
         while self.state.step < config.train.steps:
             started = time.perf_counter()
             step = next(steps)
@@ -82,12 +87,23 @@ class Trainer:
         """One optimiser step; the batch's mean loss and the gradient's norm before clipping."""
         loss, norm = self.work.update(step, self.state.step + 1)
         self.state.step += 1
+        if self.ema is not None:
+            self.ema.update(self.state.step)
         self.state.epoch, self.state.batch = (step.epoch + 1, 0) if step.last_of_epoch else (step.epoch, step.batch + 1)
         return loss, norm
 
     def validate(self) -> None:
         if self.validator is not None:
-            self.validator.run(self.transformer, self.state.step)
+            with self.evaluated():
+                self.validator.run(self.transformer, self.state.step)
+
+    def evaluated(self) -> contextlib.AbstractContextManager[None]:
+        """The transformer with the weights to validate and export: an average's where one is kept."""
+        if self.ema is not None:
+            return self.ema.applied(self.transformer)
+        optimiser = self.work.optimiser
+        average = optimiser.average() if isinstance(optimiser, ShardedOptimizer) else None
+        return contextlib.nullcontext() if average is None else replaced(self.transformer, average)
 
     def save(self) -> None:
         self.checkpoints.save(self.tensors(), self.state.step, self.history)
@@ -98,6 +114,7 @@ class Trainer:
         return {
             "model": dict(trainable_parameters(self.transformer)),
             "optimizer": optimiser_tensors(self.transformer, self.work.optimiser),
+            **({} if self.ema is None else {"ema": self.ema.tensors}),
             "train_state": {"counters": self.state.tensor()},
         }
 

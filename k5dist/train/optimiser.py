@@ -1,15 +1,25 @@
-"""AdamW and its schedule. The learning rate is a function of the step, so nothing of a schedule is ever saved."""
+"""The optimiser of a run and its schedule. The learning rate is a function of the step, so nothing of it is saved."""
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from k5dist.config import OptimizerConfig
+from k5dist.config import ConfigError, OptimizerConfig
+from k5dist.model.dit import FP32_MODULES
+from k5dist.train.adafactor import Adafactor
+from k5dist.train.adamw8bit import AdamW8bit
+from k5dist.train.adaptive import Prodigy, ScheduleFreeAdamW
+from k5dist.train.muon import Muon
+from k5dist.train.sharded import ShardedOptimizer
 from k5dist.train.stochastic import StochasticAdamW
+
+SHARED = "shared"  # what an optimiser keeps for all weights together, beside their names
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -22,13 +32,66 @@ def trained_dtype(config: OptimizerConfig) -> torch.dtype:
     return torch.bfloat16 if config.kind == "adamw_bf16" else torch.float32
 
 
-def make_optimiser(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Trainable weights by what they have in common: `lr_scale`, `weight_decay` and, for Muon, whether it is theirs.
+
+    Weights may be on the meta device. Raises ConfigError for a rule of `optimizer.groups` that finds no weight, and
+    where Muon would have no matrix.
+    """
+    rules, found = config.rules, set()
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    for name, parameter in trainable_parameters(model).items():
+        scale, decay = 1.0, config.weight_decay
+        if parameter.ndim < 2 and not config.decay_norms_and_biases:
+            decay = 0.0
+        at = next((i for i, rule in enumerate(rules) if re.search(rule.match, name)), None)
+        if at is not None:
+            found.add(at)
+            rule = rules[at]
+            scale, decay = rule.lr_scale, decay if rule.weight_decay is None else rule.weight_decay
+        muon = config.kind == "muon" and scale > 0 and is_muons(name, parameter)
+        groups.setdefault((scale, decay, muon), []).append(parameter)
+    for at, rule in enumerate(rules):
+        if at not in found:
+            text = "no trained weight has such a name, or earlier rules found them all"
+            raise ConfigError(
+                f"optimizer.groups[{at}].match", rule.match, text, "a part of a name, like cross_attention"
+            )
+    if config.kind == "muon" and not any(muon for _, _, muon in groups):
+        rule_text = "Muon orthogonalises matrices of attention and feed-forward layers, and none of them is trained"
+        raise ConfigError("optimizer.kind", config.kind, rule_text, "optimizer.kind=adamw")
+    return [
+        {"params": parameters, "lr": config.lr * scale, "lr_scale": scale, "weight_decay": decay, "muon": muon}
+        for (scale, decay, muon), parameters in groups.items()
+    ]
+
+
+def is_muons(name: str, parameter: Tensor) -> bool:
+    """Matrices of the blocks' attention and feed-forward layers, adapters' among them. Embeddings, the output layer and
+    modulations (stacks of vectors for shift, scale and gate) are AdamW's, as in Muon's own use."""
+    parts = name.split(".")
+    in_block = any(part.endswith("_transformer_blocks") for part in parts)
+    return parameter.ndim == 2 and in_block and not set(FP32_MODULES) & set(parts)
+
+
+def make_optimiser(
+    model: nn.Module, config: OptimizerConfig, device: torch.device, dtype: torch.dtype = torch.float32
+) -> torch.optim.Optimizer:
+    """`dtype` is the type the model computes in."""
+    groups = parameter_groups(model, config)
     betas = (config.betas[0], config.betas[1])
-    parameters = list(trainable_parameters(model).values())
     options: dict[str, Any] = {"lr": config.lr, "betas": betas, "eps": config.eps, "weight_decay": config.weight_decay}
-    if config.kind == "adamw_bf16":
-        return StochasticAdamW(parameters, **options)
-    return torch.optim.AdamW(parameters, **options, fused=device.type == "cuda")
+    prodigy = {"d0": config.prodigy_d0, "d_coef": config.prodigy_d_coef, "safeguard_warmup": config.warmup_steps > 0}
+    kinds: dict[str, Callable[[], torch.optim.Optimizer]] = {
+        "adamw": lambda: torch.optim.AdamW(groups, **options, fused=device.type == "cuda"),
+        "adamw_bf16": lambda: StochasticAdamW(groups, **options),
+        "adamw_8bit": lambda: AdamW8bit(groups, **options),
+        "adamw_schedulefree": lambda: ScheduleFreeAdamW(groups, **options),
+        "adafactor": lambda: Adafactor(groups, config.lr, config.weight_decay, config.adafactor_relative_lr),
+        "prodigy": lambda: Prodigy(groups, **options, **prodigy),
+        "muon": lambda: Muon(groups, **options, momentum=config.muon_momentum, dtype=dtype),
+    }
+    return kinds[config.kind]()
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -43,15 +106,19 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
     for group in optimiser.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_scale", 1.0)
 
 
 def optimiser_tensors(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
     """The optimiser's state by parameter name: tensors only, allocated if no step was taken yet."""
     parameters = trainable_parameters(model)
-    if not optimiser.state:
+    shared: dict[str, dict[str, Tensor]] = {}
+    if isinstance(optimiser, ShardedOptimizer):
+        optimiser.allocate()
+        shared = {SHARED: optimiser.shared}
+    elif not optimiser.state:
         _allocate(optimiser, list(parameters.values()))
-    return {
+    return shared | {
         name: {key: value for key, value in optimiser.state[parameter].items() if isinstance(value, Tensor)}
         for name, parameter in parameters.items()
     }
@@ -65,7 +132,8 @@ def _allocate(optimiser: torch.optim.Optimizer, parameters: list[nn.Parameter]) 
     set_learning_rate(optimiser, 0.0)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
-    set_learning_rate(optimiser, rates[0])
+    for group, rate in zip(optimiser.param_groups, rates, strict=True):
+        group["lr"] = rate
     for state in optimiser.state.values():
         for value in state.values():
             if isinstance(value, Tensor):

@@ -19,7 +19,7 @@ class StochasticAdamW(torch.optim.Optimizer):
     """Draws come from torch's own generator: seed it before a step, alike where copies of a shard must stay equal."""
 
     def __init__(
-        self, params: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+        self, params: Iterable[Any], lr: float, betas: tuple[float, float], eps: float, weight_decay: float
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 

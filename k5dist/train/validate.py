@@ -6,6 +6,8 @@ Videos leave as latents: a VAE worker elsewhere decodes them, so that no VAE eve
 from __future__ import annotations
 
 import collections
+import contextlib
+from collections.abc import Callable
 
 import safetensors.torch
 import torch
@@ -150,9 +152,15 @@ def probe_uri(plan: RunPlan) -> str:
     return storage.join(plan.run_uri, "probe.safetensors")
 
 
-def write_probe(uri: str, transformer: nn.Module, validator: Validator) -> None:
+def write_probe(
+    uri: str,
+    transformer: nn.Module,
+    validator: Validator,
+    evaluated: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+) -> None:
     """A two-step sample of the trained model with all its inputs: what an export must reproduce.
 
+    With the weights of `evaluated`; where those are an average (EMA), with the raw ones as well, as `latents.raw`.
     Small on purpose (17 frames at the smallest sides that every attention takes), so that it can be checked anywhere.
     """
     config, objective = validator.config, validator.objective
@@ -161,26 +169,31 @@ def write_probe(uri: str, transformer: nn.Module, validator: Validator) -> None:
     prompt = config.validation.prompts[0] if config.validation.prompts else ""
     text, negative = (validator.dataset.texts.get(t) for t in (prompt, config.validation.negative_prompt))
     first = initial_noise(config, -2, (1, *shape[1:]), objective.device) if objective.first_frame else None
+
+    def sampled() -> Tensor:
+        return sample(
+            transformer,
+            config.model,
+            validator.scheduler,
+            noise,
+            text=text,
+            negative=negative,
+            guidance=config.validation.guidance,
+            steps=2,
+            first_frame_1HWC=first,
+            dtype=objective.dtype,
+        )
+
     transformer.eval()
-    latents = sample(
-        transformer,
-        config.model,
-        validator.scheduler,
-        noise,
-        text=text,
-        negative=negative,
-        guidance=config.validation.guidance,
-        steps=2,
-        first_frame_1HWC=first,
-        dtype=objective.dtype,
-    )
+    raw = {"latents.raw": sampled()} if config.ema.enabled else {}
+    with evaluated():
+        latents = sampled()
     transformer.train()
     if dist.get_rank() == 0:
         tensors = _text_tensors("text", text) | _text_tensors("negative", negative)
         # With the guidance: validation's settings may change between the training and its export.
-        tensors |= {"noise": noise, "latents": latents, "guidance": torch.tensor(config.validation.guidance)} | (
-            {} if first is None else {"first_frame": first}
-        )
+        tensors |= {"noise": noise, "latents": latents, "guidance": torch.tensor(config.validation.guidance)} | raw
+        tensors |= {} if first is None else {"first_frame": first}
         publish_tensors(uri, tensors)
 
 

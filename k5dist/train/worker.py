@@ -15,16 +15,19 @@ import torch.distributed as dist
 from k5dist import storage
 from k5dist.cache.layout import TextEncoding
 from k5dist.config import ConfigError
+from k5dist.estimate import Bucket
 from k5dist.events import emit
+from k5dist.memory import largest
 from k5dist.model.encoders import text_encoding
 from k5dist.model.pretrained import read_config, scheduler_shift
 from k5dist.model.transformer import build_transformer, materialise
 from k5dist.plan import RunPlan
 from k5dist.train.checkpoint import Checkpoints
+from k5dist.train.ema import Ema
 from k5dist.train.feed import Dataset, Feed
 from k5dist.train.loop import Trainer, TrainState
 from k5dist.train.objective import Objective
-from k5dist.train.optimiser import make_optimiser, trained_dtype
+from k5dist.train.optimiser import make_optimiser, parameter_groups, trained_dtype
 from k5dist.train.parallelise import compute_dtype, make_mesh, parallelise
 from k5dist.train.signals import StopSignal, die_with_parent
 from k5dist.train.step import TrainStep
@@ -96,7 +99,8 @@ def work(plan: RunPlan, device: torch.device, stack: contextlib.ExitStack) -> No
         if trainer.state.step == config.train.steps and not storage.exists(probe_uri(plan)):
             trainer.validate()
             # The last thing a training leaves: its presence says that nothing is missing.
-            write_probe(probe_uri(plan), trainer.transformer, make_validator(plan, trainer, dataset))
+            validator = make_validator(plan, trainer, dataset)
+            write_probe(probe_uri(plan), trainer.transformer, validator, trainer.evaluated)
     else:
         trainer.validate()
     if dist.get_rank() == 0:
@@ -128,19 +132,24 @@ def build_trainer(plan: RunPlan, device: torch.device) -> tuple[Trainer, Dataset
     transformer = build_transformer(
         plan.pretrained, config.model, lora=lora, dtype=dtype, trained=trained_dtype(config.optimizer)
     )
+    parameter_groups(transformer, config.optimizer)  # refuses what finds no weight, before any is allocated
     parallelise(transformer, mesh, config.train, plan.recompute)
     materialise(transformer, plan.pretrained, device=device, seed=config.train.seed)
     transformer.train()
-    shift = config.train.timestep_shift
+    shift, reference = config.train.timestep_shift, None
+    if shift == "resolution":
+        shape = config.train.timestep_shift_reference
+        reference = (largest(plan.buckets) if shape is None else Bucket(*shape)).tokens
     objective = Objective(
         model=config.model,
         train=config.train,
         first_frame=config.flavour.task == "i2v",
-        shift=scheduler_shift(plan.pretrained) if shift is None else shift,
+        shift=shift if isinstance(shift, float) else scheduler_shift(plan.pretrained),
         scaling_factor=float(read_config(plan.pretrained, "vae")["scaling_factor"]),
         draw=config.precache.latents == "sample",
         device=device,
         dtype=dtype,
+        reference_tokens=reference,
     )
     # Saves run on a thread: their collectives must not meet those of the loop, so each has a group of its own.
     checkpoints = Checkpoints(
@@ -150,9 +159,10 @@ def build_trainer(plan: RunPlan, device: torch.device) -> tuple[Trainer, Dataset
         group=new_gloo_group(),
     )
     stop = StopSignal(new_gloo_group())
-    optimiser = make_optimiser(transformer, config.optimizer, device)
+    optimiser = make_optimiser(transformer, config.optimizer, device, dtype)
     step = TrainStep(plan, transformer, optimiser, objective, dataset.texts)
-    trainer = Trainer(plan, step, checkpoints, None, stop, TrainState())
+    ema = Ema(transformer, config.ema) if config.ema.enabled else None
+    trainer = Trainer(plan, step, checkpoints, None, stop, TrainState(), ema)
     if "validate" in config.stages:
         trainer.validator = make_validator(plan, trainer, dataset)
     return trainer, dataset

@@ -314,3 +314,25 @@ def test_doubts_are_said() -> None:
     close = planned(*full, "train.activation_checkpointing=attention")
     assert "may run out" in str(estimates(close).memory_note)
     assert estimates(planned("+flavour=t2v-tiny", gpus=0, name=None)).memory_note is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "bytes_each"),
+    [("adamw_8bit", 2 + 8 / 256), ("adamw_schedulefree", 8), ("prodigy", 16), ("adafactor", 8 / 4096)],
+)
+def test_what_each_optimiser_keeps_of_all_weights(kind: str, bytes_each: float) -> None:
+    settings = (*PRO, "adapter=full", f"optimizer.kind={kind}", *(["optimizer.lr=1"] if kind == "prodigy" else []))
+    whole = estimate.parameters(configure(*PRO).model)
+    assert predict(*settings).optimizer == pytest.approx(bytes_each * whole / 2)
+    assert predict(*settings).weights == 2 * whole
+
+
+def test_muon_keeps_one_moment_of_the_matrices_and_an_average_is_a_weight_more() -> None:
+    model = configure(*PRO).model
+    whole, exact = estimate.parameters(model), estimate.exact_parameters(model)
+    muon = predict(*PRO, "adapter=full", "optimizer.kind=muon")
+    assert muon.optimizer == (4 * (whole - exact) + 8 * exact) / 2
+    plain, averaged = (predict(*PRO, f"ema.enabled={on}") for on in ("false", "true"))
+    adapters = 60 * 2 * 4 * 32 * 8192 + 4 * 4 * 32 * 8192
+    assert averaged.optimizer - plain.optimizer == 4 * adapters / 2
+    assert predict(*PRO, "ema.enabled=true", "ema.device=host").optimizer == plain.optimizer

@@ -19,14 +19,12 @@ from k5dist.train.stochastic import StochasticAdamW, round_by_chance
 
 CPU = torch.device("cpu")
 BF16, FP32 = torch.bfloat16, torch.float32
-CONFIG = OptimizerConfig(
-    kind="adamw_bf16",
+CONFIG: OptimizerConfig = dataclasses.replace(
+    to_run_config(compose(["+flavour=t2v-tiny", "optimizer.kind=adamw_bf16"])).optimizer,
     lr=1e-2,
     betas=(0.9, 0.99),
     eps=1e-8,
     weight_decay=0.1,
-    max_grad_norm=1.0,
-    schedule="constant",
     warmup_steps=0,
 )
 SIGMAS = 5.0  # of the binomial's standard error; draws are seeded, so a test either holds always or never
