@@ -7,7 +7,7 @@ import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -87,14 +87,16 @@ class Dataset:
             store.index(["shard", "offset", "length", "tensors", "frames", "height", "width"]), plan
         )
         keys = table.column("key").to_pylist()
-        train, kept = split_held_out(keys, held_out)
+        buckets = list(zip(*(table.column(name).to_pylist() for name in ("frames", "height", "width")), strict=True))
+        datasets = selected.column("dataset").to_pylist()
+        train, kept = split_held_out(keys, held_out, list(zip(datasets, buckets, strict=True)))
         pin = plan.world.device == "cuda"
         return cls(
             store=store,
             places=places(table),
             keys=keys,
-            buckets=list(zip(*(table.column(name).to_pylist() for name in ("frames", "height", "width")), strict=True)),
-            datasets=selected.column("dataset").to_pylist(),
+            buckets=buckets,
+            datasets=datasets,
             captions=selected.column("captions").to_pylist(),
             repeats=selected.column("repeats").to_pylist(),
             probabilities=selected.column("probability").to_pylist(),
@@ -183,6 +185,8 @@ class Step:
     clips: list[tuple[Clip, float]]
     num_real: int
     waited: float
+    datasets: list[str] = field(default_factory=list)  # of the clips, one each; empty where they are made up
+    of_dataset: dict[str, int] = field(default_factory=dict)  # real clips over all workers
 
 
 class Feed:
@@ -236,7 +240,11 @@ class Feed:
             request()
             started = time.perf_counter()
             clips = [(read.result(), weight) for read, weight in reads]
-            yield Step(epoch, at, last, clips, batch.num_real, time.perf_counter() - started)
+            waited = time.perf_counter() - started
+            names = [self.dataset.datasets[row] for row, _, _ in batch.of_worker(self.rank, self.size)]
+            real = [row for row, weight in zip(batch.rows, batch.weights, strict=True) if weight]
+            counts = collections.Counter(self.dataset.datasets[row] for row in real)
+            yield Step(epoch, at, last, clips, batch.num_real, waited, names, dict(counts))
 
 
 def padded_share(items: Sequence, rank: int, size: int) -> Iterable[tuple[int, bool]]:
