@@ -31,6 +31,12 @@ class Batch:
     def num_real(self) -> int:
         return int(sum(self.weights))
 
+    def sorted_by(self, values: Sequence[float]) -> Batch:
+        """The same batch with its clips in the order of `values`."""
+        order = sorted(range(len(self.rows)), key=lambda i: values[i])
+        rows, weights, copies = (tuple(part[i] for i in order) for part in (self.rows, self.weights, self.copies))
+        return Batch(rows, weights, copies)  # type: ignore[arg-type]
+
     def of_worker(self, rank: int, size: int) -> list[tuple[int, int, float]]:
         """(row, copy, weight) of what goes to one of `size` data-parallel workers: positions rank, rank + size, …"""
         if len(self.rows) % size:

@@ -7,6 +7,7 @@ the keys stand in one place, `conf/`; this package holds none, so a key that is 
 from k5dist.config.cluster import ClusterConfig, ParallelConfig, StorageConfig, TrackingConfig
 from k5dist.config.model import FlavourConfig, LoraConfig, ModelConfig
 from k5dist.config.precache import PrecacheConfig
+from k5dist.config.rollout import RolloutConfig
 from k5dist.config.run import STAGES, RunConfig
 from k5dist.config.train import CHECKPOINTING, OptimizerConfig, TrainConfig
 from k5dist.config.validation import RECOMMENDED_GUIDANCE, CheckpointConfig, ValidationConfig
@@ -30,6 +31,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "PrecacheConfig",
+    "RolloutConfig",
     "RunConfig",
     "StorageConfig",
     "TrackingConfig",

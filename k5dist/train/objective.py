@@ -9,6 +9,7 @@ Shape suffixes: T H W latent frames and sides, C 16 latent channels.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from k5dist.cache.keys import seed_of, unit_interval
 from k5dist.config import ModelConfig, TrainConfig
 from k5dist.model.forward import Text, predict_velocity
+from k5dist.train.rollout import Rollout, roll_out, rollout_draw
 
 TRAIN_TIMESTEPS = 1000.0
 
@@ -61,11 +63,16 @@ class Objective:
     def drops_caption(self, key: str, epoch: int) -> bool:
         return unit_interval(self.train.seed, epoch, key, "caption") < self.train.caption_dropout
 
-    def training_loss(self, transformer: nn.Module, clip: Clip, text: Text, epoch: int) -> Tensor:
+    def training_loss(
+        self, transformer: nn.Module, clip: Clip, text: Text, epoch: int, rollout: Rollout | None = None
+    ) -> Tensor:
         """Mean squared error of one clip, fp32, scalar."""
         where = (self.train.seed, epoch, clip.key)
         sigma = self.sigma(unit_interval(*where, "sigma"))
-        return self._loss(transformer, clip, text, sigma, where, draw=self.draw)
+        if rollout is not None:
+            chosen = rollout_draw(*where) < rollout.chance and sigma >= rollout.min_sigma
+            rollout = dataclasses.replace(rollout, chosen=chosen)
+        return self._loss(transformer, clip, text, sigma, where, draw=self.draw, rollout=rollout)
 
     @torch.no_grad()
     def validation_loss(self, transformer: nn.Module, clip: Clip, text: Text, level: int, levels: int) -> Tensor:
@@ -74,21 +81,32 @@ class Objective:
         return self._loss(transformer, clip, text, self.sigma((level + 0.5) / levels), where, draw=False)
 
     def _loss(
-        self, transformer: nn.Module, clip: Clip, text: Text, sigma: float, where: tuple[object, ...], *, draw: bool
-    ) -> Tensor:
+        self, transformer: nn.Module, clip: Clip, text: Text, sigma: float, where: tuple[object, ...], *, draw: bool,
+        rollout: Rollout | None = None,
+    ) -> Tensor:  # fmt: skip
         clean = self._latents(clip.mean_THWC, clip.logvar_THWC, (*where, "posterior") if draw else None)
         noise = self._noise(clean.shape, (*where, "noise"))
-        noisy = (1 - sigma) * clean + sigma * noise
+        noisy, target = (1 - sigma) * clean + sigma * noise, noise - clean
         if self.first_frame:
             assert clip.first_mean_1HWC is not None and clip.first_logvar_1HWC is not None
             first = (*where, "first") if draw else None
             noisy[:1] = self._latents(clip.first_mean_1HWC, clip.first_logvar_1HWC, first)
-        # Filled, not copied: a copy from the host's ordinary memory would wait for all that the device has to do.
-        timestep = torch.full((1,), TRAIN_TIMESTEPS * sigma, device=self.device, dtype=torch.float32)
-        velocity = predict_velocity(
-            transformer, self.model, noisy[None].to(self.dtype), self.first_frame, timestep, text
-        )[0]
-        error = velocity.float() - (noise - clean)
+
+        def velocity(noisy_THWC: Tensor, sigma: float) -> Tensor:
+            # Filled, not copied: a copy from the host's ordinary memory would wait for all that the device has to do.
+            timestep = torch.full((1,), TRAIN_TIMESTEPS * sigma, device=self.device, dtype=torch.float32)
+            latents = noisy_THWC[None].to(self.dtype)
+            return predict_velocity(transformer, self.model, latents, self.first_frame, timestep, text)[0].float()
+
+        if rollout is not None:  # with forwards on every worker, whether its own clip is among those chosen or not
+            sigmas = rollout.sigmas(sigma, self.shift)
+            start = (1 - sigmas[0]) * clean + sigmas[0] * noise
+            free = 1 if self.first_frame else 0
+            start[:free] = noisy[:free]
+            reached = roll_out(transformer, velocity, start, sigmas, first=free)
+            if rollout.chosen:
+                noisy, target = reached, (reached - clean) / sigma
+        error = velocity(noisy, sigma) - target
         return error[1 if self.first_frame else 0 :].square().mean()
 
     def _latents(self, mean: Tensor, logvar: Tensor, where: tuple[object, ...] | None) -> Tensor:

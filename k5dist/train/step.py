@@ -17,6 +17,7 @@ from k5dist.train.feed import Step, TextStore
 from k5dist.train.objective import Clip, Objective
 from k5dist.train.optimiser import learning_rate, set_learning_rate, trainable_parameters
 from k5dist.train.parallelise import set_gradient_sync
+from k5dist.train.rollout import Rollout
 
 
 @dataclass
@@ -46,10 +47,12 @@ class TrainStep:
         # that share a clip draw alike.
         torch.manual_seed(seed_of(config.train.seed, "step", number - 1, dist.get_rank() // world.context))
         sums = torch.zeros(1 + len(self.places), device=self.objective.device)  # of the batch, and by dataset
+        rollout = Rollout.of_step(config.rollout, config.train.seed, number)
         scale = world.data_parallel / step.num_real  # FSDP2 averages over data-parallel (× context) workers
         for i, (clip, weight) in enumerate(step.clips):
             set_gradient_sync(self.transformer, last=i == len(step.clips) - 1, full=config.adapter == "full")
-            loss = self.objective.training_loss(self.transformer, clip, self._text(step, clip), step.epoch)
+            rolled = rollout if step.draws and step.draws[i] < rollout.chance else None
+            loss = self.objective.training_loss(self.transformer, clip, self._text(step, clip), step.epoch, rolled)
             (loss * (weight * scale)).backward()
             sums[0] += loss.detach() * weight
             if self.places and step.datasets:

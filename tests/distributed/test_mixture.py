@@ -116,7 +116,7 @@ def test_an_epoch_holds_images_between_videos(runs: list[tuple[RunPlan, Result]]
 
 
 def test_the_held_out_loss_is_told_by_dataset_and_bucket(runs: list[tuple[RunPlan, Result]]) -> None:
-    plan, alone = runs[0]
+    plan, _ = runs[0]
     dataset = Dataset.open(plan, plan_encoding(plan))
     assert sorted(dataset.datasets[row] for row in dataset.held_out_rows) == ["films", "plays", "stills"]
     (first, last), (_, other) = ([event["losses"] for event in result.events("validation")] for _, result in runs)
