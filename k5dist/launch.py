@@ -93,6 +93,7 @@ def show_plan(plan: RunPlan) -> None:
         ),
         ("recompute", _recompute(plan)),
         ("memory a GPU" if world.device == "cuda" else "memory a worker", _memory(plan, costs)),
+        *([("rollout", _rollout(plan, costs))] if config.rollout.enabled else []),
         ("time a step", _duration(costs)),
         ("cache a clip", f"{costs.sample_cache_bytes / 2**20:.1f} MiB"),
         ("fingerprints", f"cache {plan.cache_fingerprint}, run {plan.run_fingerprint}"),
@@ -130,6 +131,16 @@ def _memory(plan: RunPlan, costs: Estimates) -> str:
     limit = f" of {costs.gpu_bytes / GIB:.1f}" if plan.world.device == "cuda" else ""
     note = f"; {costs.memory_note}" if costs.memory_note else ""
     return f"about {costs.memory.total / GIB:.1f}{limit} GiB ({shown or 'next to nothing'}){note}"
+
+
+def _rollout(plan: RunPlan, costs: Estimates) -> str:
+    rollout = plan.config.rollout
+    share = costs.rollout_flops / costs.step_flops
+    when = f"from step {rollout.start_step + 1} on" + (
+        f", in full {rollout.ramp_steps} later" * bool(rollout.ramp_steps)
+    )
+    what = f"{rollout.probability:.0%} of the clips over 1 to {rollout.max_steps} steps {when}"
+    return f"{what}: {costs.rollout_forwards:.1f} forwards more a worker and step, {share:.0%} of its operations"
 
 
 def _duration(costs: Estimates) -> str:

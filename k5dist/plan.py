@@ -162,7 +162,7 @@ def _run_identity(config: RunConfig) -> dict[str, Any]:
     # These change how fast a step is, not what it computes (but for rounding).
     speed = ("activation_checkpointing", "offload_gib", "compile", "attention")
     train = {key: value for key, value in everything["train"].items() if key not in speed}
-    return {key: everything[key] for key in keys} | {
+    identity = {key: everything[key] for key in keys} | {
         "train": train,
         "ema": _ema_identity(config),
         "negative": config.validation.negative_prompt if config.train.unconditional == "negative" else None,
@@ -171,6 +171,7 @@ def _run_identity(config: RunConfig) -> dict[str, Any]:
         "latents": config.precache.latents,
         "task": config.flavour.task,
     }
+    return identity | ({"rollout": everything["rollout"]} if config.rollout.enabled else {})
 
 
 def _ema_identity(config: RunConfig) -> dict[str, Any] | None:
@@ -206,6 +207,8 @@ class Estimates:
     step_flops: float
     step_seconds: float | None
     sample_cache_bytes: int
+    rollout_forwards: float  # of every worker in a step, once the ramp is over
+    rollout_flops: float  # of all workers; among `step_flops`
     notes: tuple[str, ...]
 
 
@@ -217,6 +220,10 @@ def estimates(plan: RunPlan) -> Estimates:
     flops = estimate.forward_flops(model, bucket.tokens, density).training(config.adapter) * plan.batch_size
     gpu, rate, gpu_bytes = estimate.gpu_facts(world.gpu_name)
     needed = memory.predict(config, world, bucket, plan.recompute)
+    rolled = config.rollout.forwards(plan.accumulation, world.data_parallel) if config.rollout.enabled else 0.0
+    forward = estimate.forward_flops(model, bucket.tokens, density)
+    rollout_flops = rolled * world.data_parallel * (forward.linear + forward.attention)
+    flops += rollout_flops
     notes = [f"time: {estimate.ASSUMED_MFU:.0%} of the GPU's bf16 rate"] if world.device == "cuda" else []
     if model.is_sparse:
         notes.append(f"NABLA keeps {density:.0%} of the attention blocks")
@@ -234,6 +241,8 @@ def estimates(plan: RunPlan) -> Estimates:
         step_flops=flops,
         step_seconds=seconds,
         sample_cache_bytes=cache,
+        rollout_forwards=rolled,
+        rollout_flops=rollout_flops,
         notes=tuple(notes),
     )
 

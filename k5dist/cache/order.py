@@ -8,7 +8,7 @@ their share.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +31,12 @@ class Batch:
     def num_real(self) -> int:
         return int(sum(self.weights))
 
+    def sorted_by(self, values: Sequence[float]) -> Batch:
+        """The same batch with its clips in the order of `values`."""
+        order = sorted(range(len(self.rows)), key=lambda i: values[i])
+        rows, weights, copies = (tuple(part[i] for i in order) for part in (self.rows, self.weights, self.copies))
+        return Batch(rows, weights, copies)  # type: ignore[arg-type]
+
     def of_worker(self, rank: int, size: int) -> list[tuple[int, int, float]]:
         """(row, copy, weight) of what goes to one of `size` data-parallel workers: positions rank, rank + size, …"""
         if len(self.rows) % size:
@@ -38,16 +44,29 @@ class Batch:
         return list(zip(self.rows, self.copies, self.weights, strict=True))[rank::size]
 
 
-def split_held_out(keys: Sequence[str], share: float) -> tuple[list[int], list[int]]:
-    """Rows for training and rows held out: the `share` of clips with the smallest hash, at least one if share > 0.
+def split_held_out(
+    keys: Sequence[str], share: float, strata: Sequence[Hashable] | None = None
+) -> tuple[list[int], list[int]]:
+    """Rows for training and rows held out: of every stratum the `share` with the smallest hashes, at least one in all
+    if share > 0.
 
-    Membership hangs on a clip's own key: adding clips moves few others, and never by their order.
+    The total is shared out by largest remainders, so that strata too small for a clip of their own count together; none
+    loses its only clip. Membership hangs on a clip's own key: adding clips moves few others, and never by their order.
     """
     if share <= 0 or len(keys) < 2:
         return list(range(len(keys))), []
-    count = min(len(keys) - 1, max(1, round(share * len(keys))))
-    by_hash = sorted(range(len(keys)), key=lambda row: unit_interval("held out", keys[row]))
-    held_out = set(by_hash[:count])
+    total = min(len(keys) - 1, max(1, round(share * len(keys))))
+    of_stratum: dict[Hashable, list[int]] = {}
+    for row in sorted(range(len(keys)), key=lambda row: unit_interval("held out", keys[row])):
+        of_stratum.setdefault(None if strata is None else strata[row], []).append(row)
+    if all(len(rows) == 1 for rows in of_stratum.values()):
+        of_stratum = {None: [row for rows in of_stratum.values() for row in rows]}
+    exact = {name: total * len(rows) / len(keys) for name, rows in of_stratum.items()}
+    counts = {name: min(int(exact[name]), len(rows) - 1) for name, rows in of_stratum.items()}
+    for name in sorted(exact, key=lambda name: (int(exact[name]) - exact[name], str(name))):
+        if sum(counts.values()) < total and counts[name] < len(of_stratum[name]) - 1:
+            counts[name] += 1
+    held_out = {row for name, rows in of_stratum.items() for row in rows[: counts[name]]}
     return [row for row in range(len(keys)) if row not in held_out], sorted(held_out)
 
 

@@ -8,6 +8,7 @@ from k5dist.config.cluster import ClusterConfig, ParallelConfig, StorageConfig, 
 from k5dist.config.model import FlavourConfig, LoraConfig, ModelConfig
 from k5dist.config.optimizer import OPTIMIZERS, EmaConfig, OptimizerConfig
 from k5dist.config.precache import PrecacheConfig
+from k5dist.config.rollout import RolloutConfig
 from k5dist.config.run import STAGES, RunConfig
 from k5dist.config.train import CHECKPOINTING, TrainConfig
 from k5dist.config.validation import RECOMMENDED_GUIDANCE, CheckpointConfig, ValidationConfig
@@ -33,6 +34,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "PrecacheConfig",
+    "RolloutConfig",
     "RunConfig",
     "StorageConfig",
     "TrackingConfig",

@@ -10,6 +10,7 @@ from k5dist.config.cluster import ClusterConfig, ParallelConfig, StorageConfig, 
 from k5dist.config.model import FlavourConfig, LoraConfig, ModelConfig
 from k5dist.config.optimizer import EmaConfig, OptimizerConfig
 from k5dist.config.precache import PrecacheConfig
+from k5dist.config.rollout import RolloutConfig
 from k5dist.config.train import TrainConfig
 from k5dist.config.validation import CheckpointConfig, ValidationConfig
 from k5dist.datasets import DataConfig, DatasetConfig
@@ -36,6 +37,7 @@ class RunConfig:
     train: TrainConfig
     optimizer: OptimizerConfig
     ema: EmaConfig
+    rollout: RolloutConfig
     parallel: ParallelConfig
     cluster: ClusterConfig
     storage: StorageConfig
@@ -79,6 +81,9 @@ class RunConfig:
             rule = f"Ulysses splits attention heads: the degree must divide the model's {heads} heads"
             fix = f"parallel.context= one of {', '.join(map(str, divisors))}"
             raise ConfigError("parallel.context", self.parallel.context, rule, fix)
+        if self.rollout.enabled and self.rollout.start_step >= self.train.steps:
+            rule = f"rollouts begin after this step, and the training has {self.train.steps}"
+            raise ConfigError("rollout.start_step", self.rollout.start_step, rule, "rollout.start_step=0")
         if self.flavour.task == "i2v" and self.validation_shape[0] < 17:
             rule = "the image-to-video pipeline normalises 5 latent frames after the first: at least 17 frames"
             raise ConfigError("validation.num_frames", self.validation_shape[0], rule, "validation.num_frames=17")

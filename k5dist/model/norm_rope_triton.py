@@ -96,7 +96,7 @@ def norm_rope_backward_kernel(
 
 def _grid(x_BSHD: Tensor) -> tuple[int, int, int]:
     batch, tokens, heads, _ = x_BSHD.shape
-    return triton.cdiv(tokens, TOKENS), triton.cdiv(heads, HEADS), batch
+    return -(-tokens // TOKENS), -(-heads // HEADS), batch
 
 
 def _options(x_BSHD: Tensor, cosine_SE: Tensor | None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,6 +21,7 @@ from k5dist.config import ConfigError
 from k5dist.model.forward import Text
 from k5dist.plan import RunPlan
 from k5dist.train.objective import Clip
+from k5dist.train.rollout import rollout_draw
 
 _READERS = 4
 _KEPT_TEXTS = 128  # up to 1.8 MB each, page-locked where there is a GPU
@@ -87,14 +88,16 @@ class Dataset:
             store.index(["shard", "offset", "length", "tensors", "frames", "height", "width"]), plan
         )
         keys = table.column("key").to_pylist()
-        train, kept = split_held_out(keys, held_out)
+        buckets = list(zip(*(table.column(name).to_pylist() for name in ("frames", "height", "width")), strict=True))
+        datasets = selected.column("dataset").to_pylist()
+        train, kept = split_held_out(keys, held_out, list(zip(datasets, buckets, strict=True)))
         pin = plan.world.device == "cuda"
         return cls(
             store=store,
             places=places(table),
             keys=keys,
-            buckets=list(zip(*(table.column(name).to_pylist() for name in ("frames", "height", "width")), strict=True)),
-            datasets=selected.column("dataset").to_pylist(),
+            buckets=buckets,
+            datasets=datasets,
             captions=selected.column("captions").to_pylist(),
             repeats=selected.column("repeats").to_pylist(),
             probabilities=selected.column("probability").to_pylist(),
@@ -184,6 +187,9 @@ class Step:
     clips: list[tuple[Clip, float]]
     num_real: int
     waited: float
+    datasets: list[str] = field(default_factory=list)  # of the clips, one each; empty where they are made up
+    of_dataset: dict[str, int] = field(default_factory=dict)  # real clips over all workers
+    draws: list[float] = field(default_factory=list)  # the least of each micro-batch over all workers; for rollouts
 
 
 class Feed:
@@ -200,9 +206,10 @@ class Feed:
         epoch: int,
         batch: int,
         ahead: int = 2,
+        rolls_out: bool = False,
     ) -> None:
         self.dataset, self.seed, self.batch_size = dataset, seed, batch_size
-        self.rank, self.size, self.ahead = rank, size, ahead
+        self.rank, self.size, self.ahead, self.rolls_out = rank, size, ahead, rolls_out
         self._start = (epoch, batch)
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="feed")
 
@@ -217,8 +224,15 @@ class Feed:
         while True:
             batches = self.dataset.epoch(epoch, self.seed, self.batch_size)
             for at in range(first, len(batches)):
-                yield epoch, at, at == len(batches) - 1, batches[at]
+                batch = batches[at].sorted_by(self._draws(epoch, batches[at])) if self.rolls_out else batches[at]
+                yield epoch, at, at == len(batches) - 1, batch
             epoch, first = epoch + 1, 0
+
+    def _draws(self, epoch: int, batch: Batch) -> list[float]:
+        """By which clips are rolled out; fillings come last, they count for nothing."""
+        keys = [draw_key(self.dataset.keys[row], copy) for row, copy in zip(batch.rows, batch.copies, strict=True)]
+        draws = [rollout_draw(self.seed, epoch, key) for key in keys]
+        return [draw if weight else 1.0 for draw, weight in zip(draws, batch.weights, strict=True)]
 
     def __iter__(self) -> Iterator[Step]:
         order = self._order()
@@ -237,7 +251,12 @@ class Feed:
             request()
             started = time.perf_counter()
             clips = [(read.result(), weight) for read, weight in reads]
-            yield Step(epoch, at, last, clips, batch.num_real, time.perf_counter() - started)
+            waited = time.perf_counter() - started
+            names = [self.dataset.datasets[row] for row, _, _ in batch.of_worker(self.rank, self.size)]
+            real = [row for row, weight in zip(batch.rows, batch.weights, strict=True) if weight]
+            counts = collections.Counter(self.dataset.datasets[row] for row in real)
+            draws = self._draws(epoch, batch)[:: self.size] if self.rolls_out else []
+            yield Step(epoch, at, last, clips, batch.num_real, waited, names, dict(counts), draws)
 
 
 def padded_share(items: Sequence, rank: int, size: int) -> Iterable[tuple[int, bool]]:

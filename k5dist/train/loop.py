@@ -138,6 +138,7 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             "data_wait_share": step.waited / seconds,
             "checkpoint_stall_seconds": self.checkpoints.stall_seconds,
+            **{f"loss/{name}": value for name, value in self.work.of_dataset.items()},
             **self.device_metrics(step, seconds),
         }
         if not (math.isfinite(loss) and math.isfinite(norm)):

@@ -9,6 +9,7 @@ Shape suffixes: T H W latent frames and sides, C 16 latent channels.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from k5dist.cache.keys import seed_of, unit_interval
 from k5dist.config import ModelConfig, TrainConfig
 from k5dist.model.forward import Text, predict_velocity
+from k5dist.train.rollout import Rollout, roll_out, rollout_draw
 from k5dist.train.timesteps import loss_weight, shifted, sigma_at, stratum
 
 TRAIN_TIMESTEPS = 1000.0
@@ -55,15 +57,18 @@ class Objective:
     reference_tokens: int | None = None  # of a clip at which `shift` holds; None: it holds for all
 
     def sigma(self, uniform: float, tokens: int | None = None) -> float:
-        """σ at a quantile, for a clip of `tokens`.
+        """σ at a quantile, for a clip of `tokens`."""
+        return shifted(sigma_at(self.train, uniform), self.shift_of(tokens))
+
+    def shift_of(self, tokens: int | None) -> float:
+        """The shift for a clip of `tokens`.
 
         By resolution: k = shift · √(tokens / reference), SD3's shift by √(pixels / pixels), which keeps a picture's
         signal-to-noise ratio when neighbours that say the same are averaged to the reference's resolution.
         """
-        shift = self.shift
-        if self.reference_tokens is not None and tokens is not None:
-            shift *= math.sqrt(tokens / self.reference_tokens)
-        return shifted(sigma_at(self.train, uniform), shift)
+        if self.reference_tokens is None or tokens is None:
+            return self.shift
+        return self.shift * math.sqrt(tokens / self.reference_tokens)
 
     def quantile(self, clip: Clip, epoch: int, batch: int, position: int, num_real: int) -> float:
         """Of the clip at a position of an epoch's batch with `num_real` clips before its fillings."""
@@ -75,12 +80,21 @@ class Objective:
         return unit_interval(self.train.seed, epoch, key, "caption") < self.train.caption_dropout
 
     def training_loss(
-        self, transformer: nn.Module, clip: Clip, text: Text, epoch: int, quantile: float | None = None
+        self,
+        transformer: nn.Module,
+        clip: Clip,
+        text: Text,
+        epoch: int,
+        quantile: float | None = None,
+        rollout: Rollout | None = None,
     ) -> Tensor:
         """The weighted loss of one clip, fp32, scalar, at a quantile of σ (the clip's own where none is given)."""
         where = (self.train.seed, epoch, clip.key)
         sigma = self.sigma(unit_interval(*where, "sigma") if quantile is None else quantile, clip.tokens)
-        error = self._error(transformer, clip, text, sigma, where, draw=self.draw)
+        if rollout is not None:
+            chosen = rollout_draw(*where) < rollout.chance and sigma >= rollout.min_sigma
+            rollout = dataclasses.replace(rollout, chosen=chosen)
+        error = self._error(transformer, clip, text, sigma, where, draw=self.draw, rollout=rollout)
         return self._mean(self._of_error(error), clip) * loss_weight(self.train, sigma)
 
     @torch.no_grad()
@@ -111,21 +125,32 @@ class Objective:
         return (loss_THWC * weight).sum() / (weight.sum() * loss_THWC.shape[-1]).clamp(min=1e-6)
 
     def _error(
-        self, transformer: nn.Module, clip: Clip, text: Text, sigma: float, where: tuple[object, ...], *, draw: bool
-    ) -> Tensor:
+        self, transformer: nn.Module, clip: Clip, text: Text, sigma: float, where: tuple[object, ...], *, draw: bool,
+        rollout: Rollout | None = None,
+    ) -> Tensor:  # fmt: skip
         clean = self._latents(clip.mean_THWC, clip.logvar_THWC, (*where, "posterior") if draw else None)
         noise = self._noise(clean.shape, (*where, "noise"))
-        noisy = (1 - sigma) * clean + sigma * noise
+        noisy, target = (1 - sigma) * clean + sigma * noise, noise - clean
         if self.first_frame:
             assert clip.first_mean_1HWC is not None and clip.first_logvar_1HWC is not None
             first = (*where, "first") if draw else None
             noisy[:1] = self._latents(clip.first_mean_1HWC, clip.first_logvar_1HWC, first)
-        # Filled, not copied: a copy from the host's ordinary memory would wait for all that the device has to do.
-        timestep = torch.full((1,), TRAIN_TIMESTEPS * sigma, device=self.device, dtype=torch.float32)
-        velocity = predict_velocity(
-            transformer, self.model, noisy[None].to(self.dtype), self.first_frame, timestep, text
-        )[0]
-        error = velocity.float() - (noise - clean)
+
+        def velocity(noisy_THWC: Tensor, sigma: float) -> Tensor:
+            # Filled, not copied: a copy from the host's ordinary memory would wait for all that the device has to do.
+            timestep = torch.full((1,), TRAIN_TIMESTEPS * sigma, device=self.device, dtype=torch.float32)
+            latents = noisy_THWC[None].to(self.dtype)
+            return predict_velocity(transformer, self.model, latents, self.first_frame, timestep, text)[0].float()
+
+        if rollout is not None:  # with forwards on every worker, whether its own clip is among those chosen or not
+            sigmas = rollout.sigmas(sigma, self.shift_of(clip.tokens))
+            start = (1 - sigmas[0]) * clean + sigmas[0] * noise
+            free = 1 if self.first_frame else 0
+            start[:free] = noisy[:free]
+            reached = roll_out(transformer, velocity, start, sigmas, first=free)
+            if rollout.chosen:
+                noisy, target = reached, (reached - clean) / sigma
+        error = velocity(noisy, sigma) - target
         return error[1 if self.first_frame else 0 :]
 
     def _latents(self, mean: Tensor, logvar: Tensor, where: tuple[object, ...] | None) -> Tensor:

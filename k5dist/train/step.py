@@ -17,6 +17,7 @@ from k5dist.train.feed import Step, TextStore
 from k5dist.train.objective import Clip, Objective
 from k5dist.train.optimiser import learning_rate, set_learning_rate, trainable_parameters
 from k5dist.train.parallelise import set_gradient_sync
+from k5dist.train.rollout import Rollout
 
 
 @dataclass
@@ -31,6 +32,9 @@ class TrainStep:
 
     def __post_init__(self) -> None:
         self.parameters = list(trainable_parameters(self.transformer).values())
+        names = [dataset.name for dataset in self.plan.config.datasets]
+        self.places = {name: 1 + i for i, name in enumerate(names)} if len(names) > 1 else {}
+        self.of_dataset: dict[str, float] = {}  # mean losses of the last step's datasets, where a run has several
 
     def update(self, step: Step, number: int) -> tuple[float, float]:
         """Take optimiser step `number` (from 1 on): the batch's mean loss and the gradient's norm before clipping.
@@ -42,23 +46,30 @@ class TrainStep:
         # What is not drawn by a clip's own key (an adapter's dropout, say) is a function of step and worker; workers
         # that share a clip draw alike.
         torch.manual_seed(seed_of(config.train.seed, "step", number - 1, dist.get_rank() // world.context))
-        total = torch.zeros((), device=self.objective.device)
+        sums = torch.zeros(1 + len(self.places), device=self.objective.device)  # of the batch, and by dataset
+        rollout = Rollout.of_step(config.rollout, config.train.seed, number)
         scale = world.data_parallel / step.num_real  # FSDP2 averages over data-parallel (× context) workers
         for i, (clip, weight) in enumerate(step.clips):
             set_gradient_sync(self.transformer, last=i == len(step.clips) - 1, full=config.adapter == "full")
             position = i * world.data_parallel + dist.get_rank() // world.context  # in the global batch
             quantile = self.objective.quantile(clip, step.epoch, step.batch, position, step.num_real)
-            loss = self.objective.training_loss(self.transformer, clip, self._text(step, clip), step.epoch, quantile)
+            rolled = rollout if step.draws and step.draws[i] < rollout.chance else None
+            text = self._text(step, clip)
+            loss = self.objective.training_loss(self.transformer, clip, text, step.epoch, quantile, rolled)
             (loss * (weight * scale)).backward()
-            total += loss.detach() * weight
+            sums[0] += loss.detach() * weight
+            if self.places and step.datasets:
+                sums[self.places[step.datasets[i]]] += loss.detach() * weight
         norm = clip_gradients(self.parameters, config.optimizer.max_grad_norm)
         # Stochastic rounding draws for a shard, alike on its replicas.
         torch.manual_seed(seed_of(config.train.seed, "update", number, dist.get_rank() % world.weight_shards))
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        dist.all_reduce(total)
-        loss, norm_value = torch.stack([total / (step.num_real * world.context), norm.to(total.dtype)]).tolist()
-        return loss, norm_value
+        dist.all_reduce(sums)
+        norm_value, total, *by_dataset = torch.cat([norm.to(sums.dtype)[None], sums / world.context]).tolist()
+        sizes = step.of_dataset
+        self.of_dataset = {name: by_dataset[at - 1] / sizes[name] for name, at in self.places.items() if name in sizes}
+        return total / step.num_real, norm_value
 
     def _text(self, step: Step, clip: Clip) -> Text:
         text = clip.text

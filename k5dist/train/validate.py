@@ -63,12 +63,16 @@ class Validator:
             emit("validation", step=step, losses=losses)
 
     def held_out_loss(self, transformer: nn.Module) -> dict[str, float]:
-        """Mean loss over held-out clips: `loss`, `loss/sigma-k` for each timestep, `loss/<dataset>` for several."""
+        """Mean loss over held-out clips: `loss`, `loss/sigma-k` for each timestep; for several of them also
+        `loss/<dataset>` and `loss/bucket/<frames>x<height>x<width>`."""
         rows, levels = self.dataset.held_out_rows, self.config.validation.timesteps
+        strata = {row: (self.dataset.datasets[row], "x".join(map(str, self.dataset.buckets[row]))) for row in rows}
+        # Clips of one bucket side by side: workers of one round have equal work.
+        rows = sorted(rows, key=lambda row: (self.dataset.buckets[row], row))
         items = [(row, level) for row in rows for level in range(levels)]
         if not items:
             return {}
-        counts = collections.Counter(self.dataset.datasets[row] for row in rows)
+        counts = collections.Counter(strata.values())
         names = sorted(counts)
         totals = torch.zeros(len(names), levels, dtype=torch.float64, device=self.objective.device)
         for at, real in padded_share(items, self.rank, self.size):
@@ -77,14 +81,18 @@ class Validator:
             text = clip.text.to(self.objective.device, self.objective.dtype)
             loss = self.objective.validation_loss(transformer, clip, text, level, levels)
             if real:
-                totals[names.index(self.dataset.datasets[row]), level] += loss.double()
+                totals[names.index(strata[row]), level] += loss.double()
         dist.all_reduce(totals)
         totals /= self.context
         means = (totals.sum(0) / len(rows)).tolist()
         losses = {"loss": sum(means) / levels} | {f"loss/sigma-{k}": mean for k, mean in enumerate(means)}
-        if len(names) > 1:
-            of_dataset = zip(names, totals.sum(1).tolist(), strict=True)
-            losses |= {f"loss/{name}": total / (counts[name] * levels) for name, total in of_dataset}
+        of_stratum = dict(zip(names, totals.sum(1).tolist(), strict=True))
+        for part, prefix in enumerate(("loss/", "loss/bucket/")):
+            parts = sorted({name[part] for name in names})
+            for one in parts if len(parts) > 1 else ():
+                inside = [name for name in names if name[part] == one]
+                clips = sum(counts[name] for name in inside)
+                losses[prefix + one] = sum(of_stratum[name] for name in inside) / (clips * levels)
         return losses
 
     def sample_videos(self, transformer: nn.Module, step: int) -> None:

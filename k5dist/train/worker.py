@@ -116,6 +116,7 @@ def make_feed(plan: RunPlan, trainer: Trainer, dataset: Dataset, stack: contextl
         size=plan.world.data_parallel,
         epoch=trainer.state.epoch,
         batch=trainer.state.batch,
+        rolls_out=plan.config.rollout.enabled,
     )
     stack.callback(feed.close)
     return feed

@@ -21,6 +21,7 @@ from k5dist.compose import compose, to_run_config
 from k5dist.events import parse
 from k5dist.model.encoders import to_bits
 from k5dist.plan import ClusterFacts, RunPlan, make_plan
+from k5dist.shapes import Bucket
 from k5dist.train.worker import plan_encoding
 
 IDENTITY = "generated:test"
@@ -67,13 +68,7 @@ def _write_cache(plan: RunPlan, clips: int = 10) -> None:
     for i in range(clips):
         picture = random(1, 1, 1, 16) + 0.3 * random(1, height, width, 16)
         mean = (picture + 0.1 * random(frames, height, width, 16)) / SCALE
-        tensors = {"mean": mean, "logvar": torch.full_like(mean, -4.0)}
-        if plan.config.flavour.task == "i2v":
-            tensors |= {"first_mean": mean[:1] + 0.1, "first_logvar": torch.full_like(mean[:1], -4.0)}
-        columns = {"frames": bucket.frames, "height": bucket.height, "width": bucket.width}
-        columns |= {"frame_rate": 12.0, "crop": "center", "uri": f"{i}.mp4", "start": 0.0, "end": 1.4}
-        columns["first_frame"] = "first_mean" in tensors
-        records.append(Record(_key(plan, i), _bits(tensors), columns))
+        records.append(clip_record(_key(plan, i), bucket, mean, first_frame=plan.config.flavour.task == "i2v"))
     layout.samples(plan.cache_uri).write(records[:6])
     layout.samples(plan.cache_uri).write(records[6:])
     if storage.exists(storage.join(plan.cache_uri, "cache.json")):
@@ -85,6 +80,16 @@ def _write_cache(plan: RunPlan, clips: int = 10) -> None:
         texts.append(Record(layout.caption_key(caption), _bits(tensors), {"caption": caption, "text_length": 5 + i}))
     layout.captions(plan.cache_uri, plan_encoding(plan)).write(texts)
     layout.write_header(plan.cache_uri, plan.cache_fingerprint, IDENTITY)
+
+
+def clip_record(key: str, bucket: Bucket, mean: torch.Tensor, *, first_frame: bool = False) -> Record:
+    """A clip with this posterior mean [T, H, W, C], as precache stores it."""
+    tensors = {"mean": mean, "logvar": torch.full_like(mean, -4.0)}
+    if first_frame:
+        tensors |= {"first_mean": mean[:1] + 0.1, "first_logvar": torch.full_like(mean[:1], -4.0)}
+    columns = {"frames": bucket.frames, "height": bucket.height, "width": bucket.width}
+    columns |= {"frame_rate": 12.0, "crop": "center", "uri": f"{key}.mp4", "start": 0.0, "end": 1.4}
+    return Record(key, _bits(tensors), columns | {"first_frame": first_frame})
 
 
 def _bits(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:

@@ -144,3 +144,16 @@ def test_clips_held_out_stay_when_others_join() -> None:
     assert len(after) == 22
     assert len(before - after) <= 2
     assert len(after & set(keys[:200]) - before) <= 2
+
+
+def test_every_stratum_gives_its_share() -> None:
+    keys = [key_of({"clip": i}) for i in range(130)]
+    strata = ["a"] * 80 + ["b"] * 40 + ["c"] * 9 + ["d"]
+    train, held_out = split_held_out(keys, 0.1, strata)
+    assert sorted(train + held_out) == list(range(130))
+    # 8, 4, 0.9 and 0.1 of them: thirteen in all, the last to the largest remainder; the only clip of d is not taken.
+    assert Counter(strata[row] for row in held_out) == {"a": 8, "b": 4, "c": 1}
+    alone, _ = split_held_out(keys[:80], 0.1)
+    assert {row for row in held_out if row < 80} == set(range(80)) - set(alone), "the smallest hashes of each"
+    assert len(split_held_out(keys[:4], 0.1, ["a", "b", "c", "d"])[1]) == 1
+    assert len(split_held_out(keys[:3], 0.9, ["a", "a", "b"])[0]) == 2
