@@ -135,7 +135,10 @@ def test_dense_bf16_is_as_near_to_fp32_as_diffusers(flavour: str, recompute: Rec
     assert relative(out, exact) <= 1.3 * relative(stock_out, exact) + 1e-3
     noise = {name: relative(stock_grads[name], exact_grads[name]) for name in grads}
     errors = {name: relative(grads[name], exact_grads[name]) for name in grads}
-    worse = {name: (errors[name], noise[name]) for name in grads if errors[name] > 1.5 * noise[name] + 5e-3}
+    # Gradients of queries' and keys' biases are sums that almost cancel: noise by themselves, twice as large for one
+    # order of rounding as for another on the same inputs.
+    factor = {name: 3.0 if name.endswith(("to_query.bias", "to_key.bias")) else 1.5 for name in grads}
+    worse = {name: (errors[name], noise[name]) for name in grads if errors[name] > factor[name] * noise[name] + 5e-3}
     assert not worse
 
 
