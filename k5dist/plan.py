@@ -165,6 +165,7 @@ def _run_identity(config: RunConfig) -> dict[str, Any]:
     return {key: everything[key] for key in keys} | {
         "train": train,
         "ema": _ema_identity(config),
+        "negative": config.validation.negative_prompt if config.train.unconditional == "negative" else None,
         "datasets": [_dataset_identity(config, dataset) for dataset in config.datasets],
         "held_out": config.data.held_out,
         "latents": config.precache.latents,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from k5dist.schema import ConfigError, one_of, positive
 
 CHECKPOINTING = ("auto", "linear", "attention", "full")  # from `linear` on, each needs less memory than the one before
+MAX_MODE_SCALE = 2 / (math.pi - 2)  # SD3, section 3.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +24,18 @@ class TrainConfig:
     attention: str
     timestep_mean: float
     timestep_std: float
-    timestep_shift: float | None
+    timestep_shift: float | str | None
     caption_dropout: float
+    timestep_sampling: str
+    timestep_mode_scale: float
+    timestep_beta: tuple[float, ...]
+    timestep_shift_reference: tuple[int, ...] | None
+    timestep_stratified: bool
+    unconditional: str
+    loss: str
+    huber_c: float
+    loss_weighting: str
+    min_snr_gamma: float
 
     def __post_init__(self) -> None:
         positive("train.steps", self.steps)
@@ -42,5 +54,30 @@ class TrainConfig:
         if not 0 <= self.caption_dropout <= 1:
             rule = "a probability, 0 ≤ p ≤ 1"
             raise ConfigError("train.caption_dropout", self.caption_dropout, rule, "train.caption_dropout=0.1")
-        if self.timestep_shift is not None:
+        self._check_timesteps()
+        one_of("train.unconditional", self.unconditional, ("empty", "negative"))
+        one_of("train.loss", self.loss, ("mse", "huber"))
+        one_of("train.loss_weighting", self.loss_weighting, ("none", "min_snr", "cosmap"))
+        positive("train.huber_c", self.huber_c)
+        positive("train.min_snr_gamma", self.min_snr_gamma)
+
+    def _check_timesteps(self) -> None:
+        one_of("train.timestep_sampling", self.timestep_sampling, ("logit_normal", "uniform", "mode", "beta"))
+        if isinstance(self.timestep_shift, str):
+            one_of("train.timestep_shift", self.timestep_shift, ("resolution",))
+        elif self.timestep_shift is not None:
             positive("train.timestep_shift", self.timestep_shift)
+        if not -1 <= self.timestep_mode_scale <= MAX_MODE_SCALE:
+            rule = f"−1 ≤ scale ≤ 2 / (π − 2) = {MAX_MODE_SCALE:.4f}: beyond, the levels would not ascend"
+            raise ConfigError(
+                "train.timestep_mode_scale", self.timestep_mode_scale, rule, "train.timestep_mode_scale=1.29"
+            )
+        if len(self.timestep_beta) != 2 or not all(0 < x < math.inf for x in self.timestep_beta):
+            rule = "the two parameters of a beta distribution, greater than 0"
+            raise ConfigError("train.timestep_beta", self.timestep_beta, rule, "train.timestep_beta=[1.5,1.0]")
+        reference = self.timestep_shift_reference
+        if reference is not None and (len(reference) != 3 or min(reference) < 1):
+            rule = "[frames, height, width] of clips at which the checkpoint's shift holds"
+            raise ConfigError(
+                "train.timestep_shift_reference", reference, rule, "train.timestep_shift_reference=[121,512,768]"
+            )

@@ -47,7 +47,7 @@ class Adafactor(ShardedOptimizer):
         for (parameter, _, state), (columns, rows, _) in zip(weights, sums, strict=True):
             if parameter.ndim == 2:
                 state["column"].lerp_(columns / parameter.shape[0], new)
-                rows /= parameter.shape[0]
+                rows.div_(parameter.shape[0])  # in `sums`
         squares = [
             _update(p, state, rows).square().sum() for (p, _, state), (_, rows, _) in zip(weights, sums, strict=True)
         ]

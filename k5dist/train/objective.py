@@ -1,8 +1,8 @@
 """The flow-matching objective, keyed: every draw is a function of (seed, epoch, sample), never of rank or history.
 
-x_t = (1 − σ) x0 + σ ε, target ε − x0, timestep 1000 σ; σ = sigmoid(N(m, s)), then σ' = kσ / (1 + (k − 1) σ) (Kandinsky
-5.0 report; SD3's logit-normal sampling). For image-to-video the clean first frame stands in x_t and the loss covers the
-frames after it.
+x_t = (1 − σ) x0 + σ ε, target ε − x0, timestep 1000 σ (Kandinsky 5.0 report). How σ is drawn and what it counts stands
+in `k5dist.train.timesteps`. For image-to-video the clean first frame stands in x_t and the loss covers the frames after
+it.
 
 Shape suffixes: T H W latent frames and sides, C 16 latent channels.
 """
@@ -10,7 +10,6 @@ Shape suffixes: T H W latent frames and sides, C 16 latent channels.
 from __future__ import annotations
 
 import math
-import statistics
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from k5dist.cache.keys import seed_of, unit_interval
 from k5dist.config import ModelConfig, TrainConfig
 from k5dist.model.forward import Text, predict_velocity
+from k5dist.train.timesteps import loss_weight, shifted, sigma_at, stratum
 
 TRAIN_TIMESTEPS = 1000.0
 
@@ -51,29 +51,57 @@ class Objective:
     draw: bool
     device: torch.device
     dtype: torch.dtype
+    reference_tokens: int | None = None  # of a clip at which `shift` holds; None: it holds for all
 
-    def sigma(self, uniform: float) -> float:
-        """σ at a quantile: inverse normal CDF, sigmoid, shift."""
-        normal = statistics.NormalDist(self.train.timestep_mean, self.train.timestep_std)
-        sigma = 1 / (1 + math.exp(-normal.inv_cdf(min(max(uniform, 1e-9), 1 - 1e-9))))
-        return self.shift * sigma / (1 + (self.shift - 1) * sigma)
+    def sigma(self, uniform: float, tokens: int | None = None) -> float:
+        """σ at a quantile, for a clip of `tokens`.
+
+        By resolution: k = shift · √(tokens / reference), SD3's shift by √(pixels / pixels), which keeps a picture's
+        signal-to-noise ratio when neighbours that say the same are averaged to the reference's resolution.
+        """
+        shift = self.shift
+        if self.reference_tokens is not None and tokens is not None:
+            shift *= math.sqrt(tokens / self.reference_tokens)
+        return shifted(sigma_at(self.train, uniform), shift)
+
+    def quantile(self, clip: Clip, epoch: int, batch: int, position: int, num_real: int) -> float:
+        """Of the clip at a position of an epoch's batch with `num_real` clips before its fillings."""
+        if self.train.timestep_stratified:
+            return stratum(self.train.seed, epoch, batch, position, num_real)
+        return unit_interval(self.train.seed, epoch, clip.key, "sigma")
 
     def drops_caption(self, key: str, epoch: int) -> bool:
         return unit_interval(self.train.seed, epoch, key, "caption") < self.train.caption_dropout
 
-    def training_loss(self, transformer: nn.Module, clip: Clip, text: Text, epoch: int) -> Tensor:
-        """Mean squared error of one clip, fp32, scalar."""
+    def training_loss(
+        self, transformer: nn.Module, clip: Clip, text: Text, epoch: int, quantile: float | None = None
+    ) -> Tensor:
+        """The weighted loss of one clip, fp32, scalar, at a quantile of σ (the clip's own where none is given)."""
         where = (self.train.seed, epoch, clip.key)
-        sigma = self.sigma(unit_interval(*where, "sigma"))
-        return self._loss(transformer, clip, text, sigma, where, draw=self.draw)
+        sigma = self.sigma(unit_interval(*where, "sigma") if quantile is None else quantile, clip.tokens)
+        error = self._error(transformer, clip, text, sigma, where, draw=self.draw)
+        return self._mean(self._of_error(error)) * loss_weight(self.train, sigma)
 
     @torch.no_grad()
     def validation_loss(self, transformer: nn.Module, clip: Clip, text: Text, level: int, levels: int) -> Tensor:
-        """The same at the fixed timestep `level` of `levels` strata, with fixed noise and the posterior's mean."""
+        """Mean squared error at the fixed timestep `level` of `levels` strata, with fixed noise and the posterior's
+        mean; whatever loss and weights are trained with, so that runs compare."""
         where = (self.train.seed, "validation", level, clip.key)
-        return self._loss(transformer, clip, text, self.sigma((level + 0.5) / levels), where, draw=False)
+        sigma = self.sigma((level + 0.5) / levels, clip.tokens)
+        return self._mean(self._error(transformer, clip, text, sigma, where, draw=False).square())
 
-    def _loss(
+    def _of_error(self, error: Tensor) -> Tensor:
+        """Square, or pseudo-Huber 2c (√(e² + c²) − c): the square of small errors, times 2c of large ones
+        (Charbonnier et al. 1997; for diffusion arXiv 2403.16728)."""
+        if self.train.loss == "mse":
+            return error.square()
+        c = self.train.huber_c
+        return 2 * c * ((error.square() + c * c).sqrt() - c)
+
+    def _mean(self, loss_THWC: Tensor) -> Tensor:
+        return loss_THWC.mean()
+
+    def _error(
         self, transformer: nn.Module, clip: Clip, text: Text, sigma: float, where: tuple[object, ...], *, draw: bool
     ) -> Tensor:
         clean = self._latents(clip.mean_THWC, clip.logvar_THWC, (*where, "posterior") if draw else None)
@@ -89,7 +117,7 @@ class Objective:
             transformer, self.model, noisy[None].to(self.dtype), self.first_frame, timestep, text
         )[0]
         error = velocity.float() - (noise - clean)
-        return error[1 if self.first_frame else 0 :].square().mean()
+        return error[1 if self.first_frame else 0 :]
 
     def _latents(self, mean: Tensor, logvar: Tensor, where: tuple[object, ...] | None) -> Tensor:
         """Scaled latents, fp32: a keyed draw of the posterior, or its mean where `where` is None."""

@@ -46,7 +46,9 @@ class TrainStep:
         scale = world.data_parallel / step.num_real  # FSDP2 averages over data-parallel (× context) workers
         for i, (clip, weight) in enumerate(step.clips):
             set_gradient_sync(self.transformer, last=i == len(step.clips) - 1, full=config.adapter == "full")
-            loss = self.objective.training_loss(self.transformer, clip, self._text(step, clip), step.epoch)
+            position = i * world.data_parallel + dist.get_rank() // world.context  # in the global batch
+            quantile = self.objective.quantile(clip, step.epoch, step.batch, position, step.num_real)
+            loss = self.objective.training_loss(self.transformer, clip, self._text(step, clip), step.epoch, quantile)
             (loss * (weight * scale)).backward()
             total += loss.detach() * weight
         norm = clip_gradients(self.parameters, config.optimizer.max_grad_norm)
@@ -61,7 +63,9 @@ class TrainStep:
     def _text(self, step: Step, clip: Clip) -> Text:
         text = clip.text
         if self.texts is not None and self.objective.drops_caption(clip.key, step.epoch):
-            text = self.texts.get("")
+            config = self.plan.config
+            negative = config.train.unconditional == "negative"
+            text = self.texts.get(config.validation.negative_prompt if negative else "")
         return text.to(self.objective.device, self.objective.dtype)
 
 

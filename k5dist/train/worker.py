@@ -15,7 +15,9 @@ import torch.distributed as dist
 from k5dist import storage
 from k5dist.cache.layout import TextEncoding
 from k5dist.config import ConfigError
+from k5dist.estimate import Bucket
 from k5dist.events import emit
+from k5dist.memory import largest
 from k5dist.model.encoders import text_encoding
 from k5dist.model.pretrained import read_config, scheduler_shift
 from k5dist.model.transformer import build_transformer, materialise
@@ -131,16 +133,20 @@ def build_trainer(plan: RunPlan, device: torch.device) -> tuple[Trainer, Dataset
     parallelise(transformer, mesh, config.train, plan.recompute)
     materialise(transformer, plan.pretrained, device=device, seed=config.train.seed)
     transformer.train()
-    shift = config.train.timestep_shift
+    shift, reference = config.train.timestep_shift, None
+    if shift == "resolution":
+        shape = config.train.timestep_shift_reference
+        reference = (largest(plan.buckets) if shape is None else Bucket(*shape)).tokens
     objective = Objective(
         model=config.model,
         train=config.train,
         first_frame=config.flavour.task == "i2v",
-        shift=scheduler_shift(plan.pretrained) if shift is None else shift,
+        shift=shift if isinstance(shift, float) else scheduler_shift(plan.pretrained),
         scaling_factor=float(read_config(plan.pretrained, "vae")["scaling_factor"]),
         draw=config.precache.latents == "sample",
         device=device,
         dtype=dtype,
+        reference_tokens=reference,
     )
     # Saves run on a thread: their collectives must not meet those of the loop, so each has a group of its own.
     checkpoints = Checkpoints(

@@ -180,6 +180,11 @@ RUNS = {
     "ema": ("ema.enabled=true", "ema.decay=0.5", "ema.update_after=1", "optimizer.lr=3e-3"),
     "schedulefree": ("optimizer.kind=adamw_schedulefree", "optimizer.lr=3e-3"),
     "muon": ("optimizer.kind=muon", "optimizer.lr=3e-3"),
+    "loss": (
+        *("optimizer.lr=3e-3", "train.timestep_stratified=true", "train.timestep_sampling=mode"),
+        *("train.timestep_shift=resolution", "train.timestep_shift_reference=[61,64,96]", "train.loss=huber"),
+        *("train.loss_weighting=min_snr", "train.caption_dropout=0.5", "train.unconditional=negative"),
+    ),
 }
 
 

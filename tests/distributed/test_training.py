@@ -9,11 +9,16 @@ from pathlib import Path
 import psutil
 import pytest
 import safetensors.torch
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from k5dist import export, storage
+from k5dist.benchmark.train import make_objective
 from k5dist.plan import RunPlan
 from k5dist.train.checkpoint import MARKER, committed_steps, step_folder
+from k5dist.train.feed import Dataset, Step
+from k5dist.train.step import TrainStep
+from k5dist.train.worker import plan_encoding
 from tests.distributed.gangs import Gang, Result, assert_close, make_run, train
 
 pytestmark = pytest.mark.timeout(300)
@@ -115,6 +120,22 @@ def test_four_clips_are_learnt(fitted: list[tuple[RunPlan, Result]]) -> None:
     losses = list(fitted[0][1].losses.values())
     assert len(losses) == 50
     assert sum(losses[-5:]) / 5 < 0.7 * losses[0]
+
+
+def test_clips_without_their_caption_are_seen_with_the_prompt_that_is_asked_for(root: Path, tiny_t2v: Path) -> None:
+    clips = {}
+    for kind in ("empty", "negative"):
+        plan = make_run(root, tiny_t2v, f"no-{kind}", f"train.unconditional={kind}", "train.caption_dropout=1")
+        dataset = Dataset.open(plan, plan_encoding(plan))
+        objective = make_objective(plan.config, torch.device("cpu"))
+        layer = nn.Linear(1, 1)
+        step = TrainStep(plan, layer, torch.optim.SGD(layer.parameters()), objective, dataset.texts)
+        clip = dataset.read(0)
+        found = step._text(Step(0, 0, False, [(clip, 1.0)], 1, 0.0), clip)
+        wanted = "" if kind == "empty" else plan.config.validation.negative_prompt
+        assert torch.equal(found.qwen_1LD.float(), dataset.texts.get(wanted).qwen_1LD.float())
+        clips[kind] = found.qwen_1LD.shape
+    assert clips["empty"] != clips["negative"]
 
 
 # Stopping and going on

@@ -168,6 +168,10 @@ def test_another_checkpoint_changes_both_fingerprints() -> None:
             "train.seed=1",
             "train.batch_size=16",
             "train.caption_dropout=0.2",
+            "ema.enabled=true",
+            "train.unconditional=negative",
+            "train.loss=huber",
+            "optimizer.groups=[{match: to_key, lr_scale: 0.5}]",
         ),
         *("lora.rank=8", "adapter=full", "data.held_out=0.1", "precache.latents=mode", "train.timestep_shift=5"),
         *("data.frame_rate=12", "data.num_frames=61", "data.resolution=[512,768]", "data.source=s3://bucket/clips"),
@@ -241,3 +245,13 @@ def test_planning_imports_no_heavy_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_average_and_the_negative_prompt_count_where_they_are_used() -> None:
+    changes = ("ema.decay=0.99", "ema.update_after=3", "ema.every=2"), ("validation.negative_prompt=ugly",)
+    for uses, keys in zip(("ema.enabled=true", "train.unconditional=negative"), changes, strict=True):
+        for key in keys:
+            assert fingerprints(key) == fingerprints()
+            assert fingerprints(uses, key)[1] != fingerprints(uses)[1]
+    for same in ("ema.device=host", "ema.export=false"):
+        assert fingerprints("ema.enabled=true", same) == fingerprints("ema.enabled=true")
