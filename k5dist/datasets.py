@@ -30,6 +30,8 @@ CROPS = ("center", "random", "none")
 SEGMENTS = ("first", "uniform", "all")
 BUCKET_STRATEGIES = ("aspect_ratio", "resolution_frames")
 RESOLUTION_TYPES = ("pixel", "area", "pixel_area")
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MANIFEST_SUFFIXES = (".jsonl", ".csv", ".parquet")
 _EMBEDDED = "package://k5dist/"  # the tiny flavours' default source: it gives way to any other
 
@@ -55,6 +57,7 @@ class DatasetKeys:
     max_segments: int | None
     bucket_strategy: str
     frame_interval: int
+    mask_suffix: str | None
 
 
 KEYS = tuple(field.name for field in dataclasses.fields(DatasetKeys))
@@ -176,6 +179,12 @@ def _check(dataset: DatasetConfig) -> None:
     if dataset.resolution_type == "pixel" and not isinstance(dataset.resolution, (int, float)):
         for height, width in parse_resolution(key("resolution"), dataset.resolution):
             check_sides(key("resolution"), height, width)
+    suffix = dataset.mask_suffix
+    if suffix is not None and (
+        "/" in suffix or suffix.count(".") < 2 or not suffix.lower().endswith(VIDEO_SUFFIXES + IMAGE_SUFFIXES)
+    ):
+        rule = "what stands for a clip's own suffix in its mask's name: two suffixes, of a video or an image last"
+        raise ConfigError(key("mask_suffix"), suffix, rule, f"{key('mask_suffix')}=.mask.mp4")
     _check_frames(dataset)
     _check_captions(dataset)
 

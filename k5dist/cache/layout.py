@@ -3,7 +3,8 @@
     cache/<cache fingerprint>/
       cache.json                      fingerprint, identity of what encoded it
       shards/*.safetensors            latents, bf16, unscaled: `mean`, `logvar` [T, H, W, 16];
-                                      image-to-video also `first_mean`, `first_logvar` [1, H, W, 16]
+                                      image-to-video also `first_mean`, `first_logvar` [1, H, W, 16]; with
+                                      masks also `mask` [T, H, W, 1], 0…1
       index/*.parquet                 one row a sample
       orders/*.parquet                which samples lie together, while they are being encoded (k5dist/cache/orders.py)
       captions/<encoding>/…           the same three; `qwen` [L, in_text_dim] of true length L, `clip` [in_text_dim2]

@@ -36,6 +36,7 @@ class TrainConfig:
     huber_c: float
     loss_weighting: str
     min_snr_gamma: float
+    mask_background: float
 
     def __post_init__(self) -> None:
         positive("train.steps", self.steps)
@@ -60,6 +61,9 @@ class TrainConfig:
         one_of("train.loss_weighting", self.loss_weighting, ("none", "min_snr", "cosmap"))
         positive("train.huber_c", self.huber_c)
         positive("train.min_snr_gamma", self.min_snr_gamma)
+        if not 0 <= self.mask_background <= 1:
+            rule = "what counts of the loss outside of masks, 0 ≤ share ≤ 1"
+            raise ConfigError("train.mask_background", self.mask_background, rule, "train.mask_background=0.1")
 
     def _check_timesteps(self) -> None:
         one_of("train.timestep_sampling", self.timestep_sampling, ("logit_normal", "uniform", "mode", "beta"))

@@ -230,7 +230,7 @@ def _probe(plan: RunPlan, listing: Listing) -> pa.Table:
     """One row a sample, in the order of the listing, of which `row` names the row; without the captions."""
     config, total = plan.config, listing.rows.num_rows
     table = listing.rows.drop_columns(["captions"]).append_column("row", pa.array(range(total), pa.int64()))
-    for name, value in (("error", ""), ("stage", ""), ("key", ""), ("crop", "")):
+    for name, value in (("error", ""), ("stage", ""), ("key", ""), ("crop", ""), ("mask", "")):
         table = table.append_column(name, pa.array([value] * total, pa.string()))
     for name in ("frames", "height", "width", "crop_seed"):
         table = table.append_column(name, pa.array([0] * total, pa.int64()))

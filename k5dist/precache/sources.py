@@ -22,12 +22,11 @@ from fsspec.utils import glob_translate
 
 from k5dist import storage
 from k5dist.config import ConfigError
-from k5dist.datasets import DatasetConfig
+from k5dist.datasets import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DatasetConfig
 from k5dist.precache.captions import MAX_SIDECAR_BYTES, SIDECARS, BadCaption, captions_of, is_text
 from k5dist.precache.manifests import Entry, entries
+from k5dist.precache.masks import mask_uri
 
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 CLIP_SUFFIXES = VIDEO_SUFFIXES + IMAGE_SUFFIXES
 MAX_URI = 4096  # characters
 OPEN_END = -1.0  # Arrow has no infinity of types for None: a clip's own end, from here to the index
@@ -141,7 +140,12 @@ def _folder_rows(dataset: DatasetConfig, source: str) -> Iterator[Row | Rejected
     wanted = re.compile(glob_translate(pattern)) if pattern else None
     clips = (name for name in sorted(files) if PurePosixPath(name).suffix.lower() in CLIP_SUFFIXES)
     clips = (name for name in clips if wanted is None or wanted.match(name))
+    if dataset.mask_suffix is not None:  # a mask is no clip of its own
+        masks = dataset.mask_suffix.lower()
+        clips = (name for name in clips if not name.lower().endswith(masks))
     leaves = leaves_folder(root)
+    names = {storage.join(root, name) for name in files} if dataset.mask_suffix is not None else set()
+    is_there = names.__contains__
 
     def row(name: str) -> Row | Rejected:
         uri = storage.join(root, name)
@@ -152,7 +156,7 @@ def _folder_rows(dataset: DatasetConfig, source: str) -> Iterator[Row | Rejected
                 raise FileNotFoundError(beside)
             return _read_sidecar(storage.join(root, beside), leaves)
 
-        reason = leaves(uri)
+        reason = leaves(uri) or _bad_mask(dataset, uri, leaves, is_there)
         return Rejected(uri, reason) if reason else _captioned(dataset, uri, None, read)
 
     yield from _mapped(row, clips, threads=dataset.captions_from in SIDECARS)
@@ -204,7 +208,7 @@ def _manifest_row(
         return Rejected(place, reason or "")
     uri: str = entry["uri"]
     whole, reason = _resolved(uri, folder)
-    reason = reason or leaves(whole)
+    reason = reason or leaves(whole) or _bad_mask(dataset, whole, leaves)
     if reason:
         return Rejected(uri, reason)
 
@@ -219,6 +223,20 @@ def _manifest_row(
     if times is None:
         return Rejected(uri, "start and end must be seconds, 0 ≤ start < end")
     return Row(whole, found.captions, *times)
+
+
+def _bad_mask(
+    dataset: DatasetConfig,
+    uri: str,
+    leaves: Callable[[str], str | None],
+    is_there: Callable[[str], bool] = lambda _: True,
+) -> str | None:
+    """Why a clip's mask must not be read, or is known not to be there; a manifest's are found missing by probing."""
+    if dataset.mask_suffix is None:
+        return None
+    mask = mask_uri(uri, dataset.mask_suffix)
+    reason = leaves(mask) if is_there(mask) else "there is no such file"
+    return f"its mask {mask.rsplit('/', 1)[-1]}: {reason}" if reason else None
 
 
 def _bad_uri(uri: object) -> str | None:

@@ -23,6 +23,7 @@ from k5dist.config import ConfigError
 from k5dist.datasets import DatasetConfig
 from k5dist.precache.attempts import Attempts
 from k5dist.precache.cuts import Unfit, cuts
+from k5dist.precache.masks import NO_MASK, mask_uri, read_mask
 from k5dist.precache.stream import PADDING, is_padding, one_group
 from k5dist.precache.video import VideoError, decode_clip, probe
 from k5dist.retry import StorageUnavailable
@@ -30,6 +31,7 @@ from k5dist.retry import StorageUnavailable
 Rows = dict[str, Any]
 _SHAPES = pa.list_(pa.list_(pa.int64()))
 NO_FRAMES = np.zeros((0, 1, 1, 3), np.uint8)
+NOTHING_DECODED = {"pixels": NO_FRAMES, "mask_grid": NO_MASK}
 
 
 def _guarded(row: Rows, stage: str, attempts: Attempts | None, work: Callable[[Rows], Rows], lost: Rows) -> Rows:
@@ -93,6 +95,8 @@ def _probe(row: Rows, dataset: DatasetConfig, unit: int, facts: Mapping[str, Any
             raise Unfit("too short: an image has no frames after the first, which image-to-video learns")
         found = cuts(info, row["start"], None if row["end"] < 0 else row["end"], dataset)
         digest = content_digest(row["uri"])
+        mask = "" if dataset.mask_suffix is None else mask_uri(row["uri"], dataset.mask_suffix)
+        masked = {"mask": content_digest(mask)} if mask else {}
     except StorageUnavailable:
         raise
     except VideoError as error:
@@ -109,13 +113,14 @@ def _probe(row: Rows, dataset: DatasetConfig, unit: int, facts: Mapping[str, Any
         cut = {"start": start, "end": row["end"], "frame_rate": 0.0 if info.is_image else dataset.frame_rate}
         sample = cut | {"frames": frames, "height": height, "width": width, "crop": dataset.crop}
         sample["crop_seed"] = seed_of("crop", digest, start) if dataset.crop == "random" else 0
-        samples.append(row | sample | {"key": key_of({"content": digest, **sample, **facts})})
+        key = key_of({"content": digest, **sample, **facts, **masked})
+        samples.append(row | sample | {"key": key, "mask": mask})
     return samples
 
 
 def decode_row(row: Rows, *, attempts: Attempts | None = None) -> Rows:
-    """Adds `pixels`, uint8 RGB [T, H, W, 3]."""
-    return _guarded(row, "decode", attempts, _decode, {"pixels": NO_FRAMES})
+    """Adds `pixels`, uint8 RGB [T, H, W, 3], and `mask_grid`, fp32 at the latents' [T, H, W] (none: no frames)."""
+    return _guarded(row, "decode", attempts, _decode, NOTHING_DECODED)
 
 
 def _decode(row: Rows) -> Rows:
@@ -132,13 +137,14 @@ def _decode(row: Rows) -> Rows:
                 crop=row["crop"],
                 crop_seed=row["crop_seed"],
             )
+        mask = read_mask(row) if row.get("mask") else NO_MASK
     except StorageUnavailable:
         raise
     except VideoError as error:
-        return row | _failed(error.stage, error.reason) | {"pixels": NO_FRAMES}
+        return row | _failed(error.stage, error.reason) | NOTHING_DECODED
     except Exception as error:
-        return row | _failed("decode", f"{type(error).__name__}: {error}") | {"pixels": NO_FRAMES}
-    return row | {"pixels": pixels}
+        return row | _failed("decode", f"{type(error).__name__}: {error}") | NOTHING_DECODED
+    return row | {"pixels": pixels, "mask_grid": mask}
 
 
 class VaeStage:
@@ -155,19 +161,25 @@ class VaeStage:
         self.compare = tiling  # the first clip is encoded whole as well, to tell how far tiles are off
 
     def __call__(self, row: Rows) -> Rows:
-        pixels = row.pop("pixels")
+        pixels, mask = row.pop("pixels"), row.pop("mask_grid", NO_MASK)
         nothing: Rows = {"tensors": [], "shapes": [], "names": [], "tiling_error": 0.0}
-        return _guarded(row, "vae", self.attempts, partial(self._encode, pixels=pixels, nothing=nothing), nothing)
+        return _guarded(
+            row, "vae", self.attempts, partial(self._encode, pixels=pixels, mask=mask, nothing=nothing), nothing
+        )
 
-    def _encode(self, row: Rows, *, pixels: np.ndarray, nothing: Rows) -> Rows:
+    def _encode(self, row: Rows, *, pixels: np.ndarray, mask: np.ndarray, nothing: Rows) -> Rows:
+        import torch
+
         try:
             error_of_tiles = self.vae.tiling_error(pixels) if self.compare else 0.0
             self.compare = False
-            posterior = dict(zip(("mean", "logvar"), self.vae.encode(pixels), strict=True))
+            posterior: dict[str, Any] = dict(zip(("mean", "logvar"), self.vae.encode(pixels), strict=True))
             if self.first_frame:
                 posterior |= dict(zip(("first_mean", "first_logvar"), self.vae.encode(pixels[:1]), strict=True))
         except Exception as error:
             return row | nothing | _failed("vae", f"{type(error).__name__}: {error}")
+        if len(mask):
+            posterior["mask"] = torch.from_numpy(mask[..., None].copy())
         bits = {name: self.to_bits(tensor) for name, tensor in posterior.items()}
         return row | {
             "tiling_error": error_of_tiles,

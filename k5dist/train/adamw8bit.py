@@ -57,12 +57,14 @@ class AdamW8bit(ShardedOptimizer):
             numbers = torch.tensor(values, dtype=torch.float32)
             if own.is_cuda:
                 numbers = numbers.pin_memory().to(own.device, non_blocking=True)
-            parts = [local(state[name]) for name in state]
-            if len(parts) == len(MOMENTS):
-                adamw(own, gradient, parts[0], parts[1], numbers)
-            else:
-                update = _compiled_update if own.is_cuda else quantised_update
-                update(own, gradient, *parts, codebook(True, own.device), codebook(False, own.device), numbers)
+            mean, square = (local(state[name]) for name in MOMENTS)
+            if mean.dtype != torch.uint8:
+                adamw(own, gradient, mean, square, numbers)
+                continue
+            scales = (local(state[f"{name}_scale"]) for name in MOMENTS)
+            books = codebook(True, own.device), codebook(False, own.device)
+            update = _compiled_update if own.is_cuda else quantised_update
+            update(own, gradient, (mean, square), tuple(scales), books, numbers)
 
 
 def adamw(weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, numbers: Tensor) -> None:
@@ -78,30 +80,24 @@ def adamw(weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, number
 def quantised_update(
     weight_RC: Tensor,
     gradient_RC: Tensor,
-    mean_RC: Tensor,
-    mean_scale_RB: Tensor,
-    square_RC: Tensor,
-    square_scale_RB: Tensor,
-    signed: Tensor,
-    unsigned: Tensor,
+    codes_RC: tuple[Tensor, Tensor],
+    scales_RB: tuple[Tensor, ...],
+    books: tuple[Tensor, Tensor],
     numbers: Tensor,
 ) -> None:
-    """One step in place: the moments are read, and their new values used before they are rounded again."""
-    mean, square = dequantise(mean_RC, mean_scale_RB, signed), dequantise(square_RC, square_scale_RB, unsigned)
-    new_mean = torch.lerp(mean, gradient_RC, numbers[0])
-    new_square = torch.lerp(square, gradient_RC * gradient_RC, numbers[1])
-    change = numbers[3] * new_mean / (new_square.sqrt() * numbers[4] + numbers[5])
+    """One step in place, of the mean and the mean square: their new values are used before they are rounded again."""
+    mean, square = (dequantise(*moment) for moment in zip(codes_RC, scales_RB, books, strict=True))
+    mean = torch.lerp(mean, gradient_RC, numbers[0])
+    square = torch.lerp(square, gradient_RC * gradient_RC, numbers[1])
+    change = numbers[3] * mean / (square.sqrt() * numbers[4] + numbers[5])
     weight_RC.copy_(weight_RC * numbers[2] - change)
-    for old, scale, new, book in (
-        (mean_RC, mean_scale_RB, new_mean, signed),
-        (square_RC, square_scale_RB, new_square, unsigned),
-    ):
-        codes, scales = quantise(new, book)
-        old.copy_(codes)
-        scale.copy_(scales)
+    for old, scale, new, book in zip(codes_RC, scales_RB, (mean, square), books, strict=True):
+        found, largest = quantise(new, book)
+        old.copy_(found)
+        scale.copy_(largest)
 
 
-# Shapes are marked dynamic by hand where they change; a graph a shape of weight is a handful.
+# One kernel or two for all sizes; eagerly the update would pass some thirty times over the weights.
 _compiled_update = torch.compile(quantised_update, dynamic=True, fullgraph=True)
 
 

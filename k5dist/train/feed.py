@@ -122,6 +122,7 @@ class Dataset:
             tensors.get("first_mean"),
             tensors.get("first_logvar"),
             self.texts.get(caption),
+            tensors.get("mask"),
         )
 
     def epoch(self, epoch: int, seed: int, batch_size: int) -> list[Batch]:

@@ -100,7 +100,8 @@ class Muon(ShardedOptimizer):
         adamw(
             weights,
             [local(parameter.grad).float() for parameter in parameters],
-            *([local(self.state[p][name]) for p in parameters] for name in ("exp_avg", "exp_avg_sq")),
+            [local(self.state[parameter]["exp_avg"]) for parameter in parameters],
+            [local(self.state[parameter]["exp_avg_sq"]) for parameter in parameters],
             [],
             [torch.tensor(float(step - 1), device=weights[0].device) for _ in parameters],
             foreach=False,

@@ -33,6 +33,7 @@ class Clip:
     first_mean_1HWC: Tensor | None
     first_logvar_1HWC: Tensor | None
     text: Text
+    mask_THW1: Tensor | None = None  # 0…1 where the loss counts; None: everywhere alike
 
     @property
     def tokens(self) -> int:
@@ -80,7 +81,7 @@ class Objective:
         where = (self.train.seed, epoch, clip.key)
         sigma = self.sigma(unit_interval(*where, "sigma") if quantile is None else quantile, clip.tokens)
         error = self._error(transformer, clip, text, sigma, where, draw=self.draw)
-        return self._mean(self._of_error(error)) * loss_weight(self.train, sigma)
+        return self._mean(self._of_error(error), clip) * loss_weight(self.train, sigma)
 
     @torch.no_grad()
     def validation_loss(self, transformer: nn.Module, clip: Clip, text: Text, level: int, levels: int) -> Tensor:
@@ -88,7 +89,7 @@ class Objective:
         mean; whatever loss and weights are trained with, so that runs compare."""
         where = (self.train.seed, "validation", level, clip.key)
         sigma = self.sigma((level + 0.5) / levels, clip.tokens)
-        return self._mean(self._error(transformer, clip, text, sigma, where, draw=False).square())
+        return self._mean(self._error(transformer, clip, text, sigma, where, draw=False).square(), clip)
 
     def _of_error(self, error: Tensor) -> Tensor:
         """Square, or pseudo-Huber 2c (√(e² + c²) − c): the square of small errors, times 2c of large ones
@@ -98,8 +99,16 @@ class Objective:
         c = self.train.huber_c
         return 2 * c * ((error.square() + c * c).sqrt() - c)
 
-    def _mean(self, loss_THWC: Tensor) -> Tensor:
-        return loss_THWC.mean()
+    def _mean(self, loss_THWC: Tensor, clip: Clip) -> Tensor:
+        """The mean over the clip, weighted by its mask where it has one: background + (1 − background) mask.
+
+        Divided by the weights' sum, so that a small part of the picture counts as much as a large one.
+        """
+        if clip.mask_THW1 is None:
+            return loss_THWC.mean()
+        mask = clip.mask_THW1.to(self.device, non_blocking=True).float()[-len(loss_THWC) :]
+        weight = self.train.mask_background + (1 - self.train.mask_background) * mask
+        return (loss_THWC * weight).sum() / (weight.sum() * loss_THWC.shape[-1]).clamp(min=1e-6)
 
     def _error(
         self, transformer: nn.Module, clip: Clip, text: Text, sigma: float, where: tuple[object, ...], *, draw: bool

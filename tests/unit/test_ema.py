@@ -74,7 +74,7 @@ def test_weights_come_back_after_an_error() -> None:
     weights = module.weight.detach().clone()
 
     def fail() -> None:
-        with replaced(module, {module.weight: torch.zeros(3, 4)}):
+        with replaced(module, {module.get_parameter("weight"): torch.zeros(3, 4)}):
             assert not module.weight.any()
             raise RuntimeError("boom")
 
