@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from k5dist.estimate import forward_flops, gpu_facts
 from k5dist.events import emit
 from k5dist.plan import RunPlan
+from k5dist.train.adaptive import Prodigy
 from k5dist.train.checkpoint import Checkpoints
 from k5dist.train.ema import Ema, replaced
 from k5dist.train.feed import Feed, Step
@@ -140,6 +141,8 @@ class Trainer:
             "checkpoint_stall_seconds": self.checkpoints.stall_seconds,
             **self.device_metrics(step, seconds),
         }
+        if isinstance(self.work.optimiser, Prodigy):
+            metrics["prodigy_d"] = float(self.work.optimiser.shared["d"])  # times lr: the rate that is taken
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(f"step {self.state.step}: the loss is {loss}, the gradient's norm {norm}")
         if dist.get_rank() == 0:
