@@ -46,7 +46,8 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
             decay = 0.0
         at = config.rule_of(name)
         if at is not None:
-            scale, decay = rules[at].lr_scale, decay if rules[at].weight_decay is None else rules[at].weight_decay
+            rule = rules[at]
+            scale, decay = rule.lr_scale, decay if rule.weight_decay is None else rule.weight_decay
         muon = config.kind == "muon" and scale > 0 and is_muons(name, parameter)
         groups.setdefault((scale, decay, muon), []).append(parameter)
     return [
