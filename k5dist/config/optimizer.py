@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from k5dist.schema import ConfigError, check_names, one_of, positive
 
 OPTIMIZERS = ("adamw", "adamw_bf16", "adamw_8bit", "adamw_schedulefree", "adafactor", "prodigy", "muon")
+# Of the blocks' attention and feed-forward layers, adapters' among them; what is no matrix is told by its shape.
+_MATRIX = re.compile(r"_transformer_blocks\.\d+\.((self|cross)_attention|feed_forward)\..*weight$")
 _GROUP_KEYS = ("match", "lr_scale", "weight_decay")
 
 
@@ -74,6 +76,25 @@ class OptimizerConfig:
     def rules(self) -> tuple[GroupRule, ...]:
         """`groups`, checked. The first that finds a name counts for it."""
         return tuple(_rule(f"optimizer.groups[{i}]", group) for i, group in enumerate(self.groups))
+
+    def rule_of(self, name: str) -> int | None:
+        """Position of the rule that counts for a weight: the first that finds its name."""
+        return next((at for at, rule in enumerate(self.rules) if re.search(rule.match, name)), None)
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Raises ConfigError for a rule that counts for none of the weights' names, and where Muon has no matrix."""
+        names = tuple(names) if self.groups or self.kind == "muon" else ()
+        rules, found = self.rules, [self.rule_of(name) for name in names]
+        for at, rule in enumerate(rules):
+            if at not in found:
+                text = "no trained weight has such a name, or earlier rules found them all"
+                fix = "a part of a name, like cross_attention"
+                raise ConfigError(f"optimizer.groups[{at}].match", rule.match, text, fix)
+        if self.kind == "muon" and not any(
+            _MATRIX.search(name) and (at is None or rules[at].lr_scale) for name, at in zip(names, found, strict=True)
+        ):
+            text = "Muon orthogonalises matrices of attention and feed-forward layers, and none of them is trained"
+            raise ConfigError("optimizer.kind", self.kind, text, "optimizer.kind=adamw")
 
 
 def _rule(key: str, group: Mapping[str, Any]) -> GroupRule:

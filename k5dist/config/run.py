@@ -8,6 +8,7 @@ from typing import Any
 
 from k5dist.config.cluster import ClusterConfig, ParallelConfig, StorageConfig, TrackingConfig
 from k5dist.config.model import FlavourConfig, LoraConfig, ModelConfig
+from k5dist.config.names import adapter_names, weight_names
 from k5dist.config.optimizer import EmaConfig, OptimizerConfig
 from k5dist.config.precache import PrecacheConfig
 from k5dist.config.rollout import RolloutConfig
@@ -68,6 +69,7 @@ class RunConfig:
         if self.pretrained == "???":
             rule = f"flavour {self.flavour.name} names no public repository"
             raise ConfigError("pretrained", None, rule, "pretrained=<hub id, local folder or s3:// URI>")
+        self.optimizer.check_names((weight_names if self.adapter == "full" else adapter_names)(self.model))
         if self.ema.enabled and self.optimizer.kind == "adamw_schedulefree":
             rule = "a schedule-free optimiser's weights are an average already"
             raise ConfigError("ema.enabled", True, rule, "ema.enabled=false or optimizer.kind=adamw")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from k5dist.estimate import forward_flops, gpu_facts
 from k5dist.events import emit
 from k5dist.plan import RunPlan
+from k5dist.train.adaptive import Prodigy
 from k5dist.train.checkpoint import Checkpoints
 from k5dist.train.ema import Ema, replaced
 from k5dist.train.feed import Feed, Step
@@ -141,6 +142,8 @@ class Trainer:
             **{f"loss/{name}": value for name, value in self.work.of_dataset.items()},
             **self.device_metrics(step, seconds),
         }
+        if isinstance(self.work.optimiser, Prodigy):
+            metrics["prodigy_d"] = float(self.work.optimiser.shared["d"])  # times lr: the rate that is taken
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(f"step {self.state.step}: the loss is {loss}, the gradient's norm {norm}")
         if dist.get_rank() == 0:

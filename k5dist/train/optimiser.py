@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from k5dist.config import ConfigError, OptimizerConfig
+from k5dist.config import OptimizerConfig
 from k5dist.model.dit import FP32_MODULES
 from k5dist.train.adafactor import Adafactor
 from k5dist.train.adamw8bit import AdamW8bit
@@ -36,33 +35,24 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     """Trainable weights by what they have in common: `lr_scale`, `weight_decay` and, for Muon, whether it is theirs.
 
     Weights may be on the meta device. Raises ConfigError for a rule of `optimizer.groups` that finds no weight, and
-    where Muon would have no matrix.
+    where Muon would have no matrix: with adapters the plan knows all layers that may have one, and these are those.
     """
-    rules, found = config.rules, set()
+    parameters, rules = trainable_parameters(model), config.rules
+    config.check_names(parameters)
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
-    for name, parameter in trainable_parameters(model).items():
+    for name, parameter in parameters.items():
         scale, decay = 1.0, config.weight_decay
         if parameter.ndim < 2 and not config.decay_norms_and_biases:
             decay = 0.0
-        at = next((i for i, rule in enumerate(rules) if re.search(rule.match, name)), None)
+        at = config.rule_of(name)
         if at is not None:
-            found.add(at)
             rule = rules[at]
             scale, decay = rule.lr_scale, decay if rule.weight_decay is None else rule.weight_decay
         muon = config.kind == "muon" and scale > 0 and is_muons(name, parameter)
         groups.setdefault((scale, decay, muon), []).append(parameter)
-    for at, rule in enumerate(rules):
-        if at not in found:
-            text = "no trained weight has such a name, or earlier rules found them all"
-            raise ConfigError(
-                f"optimizer.groups[{at}].match", rule.match, text, "a part of a name, like cross_attention"
-            )
-    if config.kind == "muon" and not any(muon for _, _, muon in groups):
-        rule_text = "Muon orthogonalises matrices of attention and feed-forward layers, and none of them is trained"
-        raise ConfigError("optimizer.kind", config.kind, rule_text, "optimizer.kind=adamw")
     return [
-        {"params": parameters, "lr": config.lr * scale, "lr_scale": scale, "weight_decay": decay, "muon": muon}
-        for (scale, decay, muon), parameters in groups.items()
+        {"params": members, "lr": config.lr * scale, "lr_scale": scale, "weight_decay": decay, "muon": muon}
+        for (scale, decay, muon), members in groups.items()
     ]
 
 

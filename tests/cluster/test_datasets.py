@@ -12,6 +12,7 @@ from PIL import Image
 
 from k5dist import storage
 from k5dist.cache import layout
+from k5dist.cache.shards import places
 from k5dist.plan import RunPlan
 from k5dist.precache.video import encode_mp4
 from tests.cluster import job as jobs
@@ -21,7 +22,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`street`: three short clips with two captions each. `film`: a long clip. `stills`: two images."""
+    """`street`: three short clips with two captions each. `film`: a long clip. `stills`: two images with masks."""
     folder = tmp_path_factory.mktemp("data")
     for name in ("street", "film", "stills"):
         (folder / name).mkdir()
@@ -33,6 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(bikes, folder / "film" / "people_on_bicycles.mp4")
     for name, colour in (("red", "red"), ("blue", "blue")):
         Image.new("RGB", (96, 64), colour).save(folder / "stills" / f"{name}.png")
+        Image.new("L", (96, 64), 255).save(folder / "stills" / f"{name}.mask.png")
     return folder
 
 
@@ -40,7 +42,8 @@ def test_a_dataset_more_encodes_only_its_own(data: Path, tmp_path: Path) -> None
     command = ["+flavour=t2v-tiny", "train.steps=4", "train.batch_size=2", "data.held_out=0", "validation.prompts=[]"]
     street = f"+data.datasets.street={{source:{data}/street,caption_lines:true,repeats:2}}"
     film = f"+data.datasets.film={{source:{data}/film/*.mp4,caption_strategy:filename,segments:all,probability:0.9}}"
-    stills = f"+data.datasets.stills={{source:{data}/stills,caption_strategy:instance,instance_prompt:a colour}}"
+    stills = f"+data.datasets.stills={{source:{data}/stills,caption_strategy:instance,instance_prompt:a colour,"
+    stills += "mask_suffix:.mask.png}"
     job = jobs.run(tmp_path, *command, street, "name=one", "stages=[plan,precache]")
     assert job.process.returncode == 0, job.output
     assert "3 seen, 3 encoded, 0 cached before" in job.output
@@ -60,6 +63,10 @@ def test_a_dataset_more_encodes_only_its_own(data: Path, tmp_path: Path) -> None
     assert {tuple(row["captions"]) for row in found["stills"]} == {("a colour",)}
     frames = layout.samples(plans[1].cache_uri).index(["frames"]).column("frames").to_pylist()
     assert sorted(frames) == [1, 1, *[17] * 10]
+    store = layout.samples(plans[1].cache_uri)
+    samples = [store.read(place) for place in places(store.index())]
+    assert sorted(int("mask" in sample) for sample in samples) == [*[0] * 10, 1, 1]
+    assert all(bool((sample["mask"] == 1).all()) for sample in samples if "mask" in sample)
     metrics = jobs.the_run(tmp_path, "three").data.metrics
     assert metrics["precache/film/encoded"] == 7
     assert metrics["precache/street/cached_before"] == 3

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from k5dist.compose import compose, to_run_config
 from k5dist.config import LoraConfig, OptimizerConfig
+from k5dist.config.names import adapter_names, weight_names
 from k5dist.model.dit import FP32_MODULES
 from k5dist.model.transformer import build_transformer
 from k5dist.model.weights import is_adapter
@@ -256,3 +257,18 @@ def test_trained_weights_are_stored_in_bf16_but_for_the_modules_in_fp32(tmp_path
 
 def test_plain_adamw_trains_fp32() -> None:
     assert trained_dtype(dataclasses.replace(CONFIG, kind="adamw")) == FP32
+
+
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+def test_the_names_that_the_plan_knows_are_the_models(tmp_path: Path, adapter: str) -> None:
+    model = to_run_config(compose(["+flavour=t2v-tiny"])).model
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(dataclasses.asdict(model)))
+    lora = LoraConfig(rank=2, alpha=2.0, targets="attention+ffn") if adapter == "lora" else None
+    transformer = build_transformer(str(tmp_path), model, lora=lora, dtype=FP32)
+    trained = {name for name, parameter in transformer.named_parameters() if parameter.requires_grad}
+    if adapter == "full":
+        assert sorted(weight_names(model)) == sorted(trained)
+    else:
+        known = {name for name in adapter_names(model) if "magnitude" not in name}  # those are DoRA's
+        assert known == trained
