@@ -21,8 +21,9 @@ pytestmark = pytest.mark.timeout(300)
 
 FP32 = 2e-5
 # Three prompts on two groups, and held-out clips as uneven.
-SETTINGS = ("stages=[train,validate]", "data.held_out=0.3", "validation.every=2", "validation.sampling_steps=2")
+SETTINGS = ("stages=[train,validate]", "data.held_out=0.3", "validation.every=2", "validation.sampling_steps=1")
 SETTINGS += ("validation.prompts=[a red car,clip 1,clip 2]", "checkpoint.keep=1", "optimizer.warmup_steps=0")
+SETTINGS += ("validation.num_frames=5", "validation.timesteps=2", "train.batch_size=2")
 # Soon worse than at the first validation.
 DIVERGING = (*SETTINGS, "optimizer.lr=0.03", "train.steps=12", "validation.patience=2", "validation.compare=[base]")
 DIVERGING += ("export.checkpoint=best",)
