@@ -67,7 +67,7 @@ class Trainer:
             if self.state.step == 0:
                 self.validator.report_losses(self.transformer, 0)
                 self.validator.sample_base(self.transformer, 0)
-            elif _due(self.state.step, config.validation.every) and not self.validated:
+            elif self.held_out is not None and _due(self.state.step, config.validation.every) and not self.validated:
                 self.validate()  # which was cut off
         while not self.ended:
             started = time.perf_counter()
