@@ -28,7 +28,8 @@ from k5dist.model.transformer import build_transformer
 from k5dist.plan import RunPlan
 from k5dist.train.adaptive import averaged
 from k5dist.train.checkpoint import committed_steps, step_folder
-from k5dist.train.validate import probe_uri, read_tensors
+from k5dist.train.history import LossHistory
+from k5dist.train.validate import best_probe_uri, probe_uri, read_tensors
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 REPORT = "export.json"
@@ -54,10 +55,11 @@ class ExportReport:
 
 
 def export_run(plan: RunPlan) -> ExportReport:
-    """Export the newest committed checkpoint to `<run>/export`, verified.
+    """Export the newest committed checkpoint, or with export.checkpoint=best that of the least held-out loss, to
+    `<run>/export`, verified.
 
     Raises:
-        ConfigError: when the run has no checkpoint yet.
+        ConfigError: when the run has no such checkpoint, or none that a training or its validation is through with.
         ExportMismatch: when the inference pipeline disagrees with the trained model.
     """
     steps = committed_steps(plan.checkpoints_uri, plan.run_fingerprint)
@@ -65,23 +67,22 @@ def export_run(plan: RunPlan) -> ExportReport:
         rule = "the run has no committed checkpoint to export"
         raise ConfigError("stages", list(plan.config.stages), rule, "run with train among the stages")
     target = storage.join(plan.run_uri, "export")
-    done = _finished(target, steps[-1], _source(plan))
+    step = steps[-1] if plan.config.export.checkpoint == "last" else _best(plan, steps)
+    done = _finished(target, step, _source(plan))
     if done:
         return done
     with storage.scratch_folder("export") as folder:
         out = folder / "export"
         out.mkdir()
-        checkpoint = storage.fetch_folder(
-            storage.join(plan.checkpoints_uri, step_folder(steps[-1])), folder / "checkpoint"
-        )
+        checkpoint = storage.fetch_folder(storage.join(plan.checkpoints_uri, step_folder(step)), folder / "checkpoint")
         if plan.config.adapter == "lora":
             _write_lora(plan, checkpoint, out)
         else:
             _write_transformer(plan, checkpoint, out / "transformer")
-        error, difference = _verify(plan, out)
+        error, difference = _verify(plan, out, _probe(plan, step))
         files = tuple(sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()))
         tolerance = TOLERANCE[plan.config.train.precision]
-        report = ExportReport(steps[-1], target, files, error, tolerance, difference, _source(plan))
+        report = ExportReport(step, target, files, error, tolerance, difference, _source(plan))
         if not error <= tolerance:
             raise ExportMismatch(
                 f"the exported model's latents differ from the trained model's by {error:.2e} (allowed {tolerance:.0e})"
@@ -195,9 +196,27 @@ def _groups(entries: dict[str, TensorStorageMetadata]) -> Iterator[dict[str, Ten
         yield group
 
 
-def _verify(plan: RunPlan, out: Path) -> tuple[float, float]:
+def _best(plan: RunPlan, steps: list[int]) -> int:
+    best = LossHistory.read(plan).best_step
+    if best is None or best not in steps:
+        what = "no held-out loss is on record" if best is None else f"the checkpoint of step {best} was not kept"
+        rule = f"{what} (with checkpoint.keep_best=true it is, from the next validation on)"
+        raise ConfigError("export.checkpoint", "best", rule, "export.checkpoint=last")
+    return best
+
+
+def _probe(plan: RunPlan, step: int) -> dict[str, Tensor]:
+    """What the model of a checkpoint sampled when it was trained."""
+    uri = probe_uri(plan) if plan.config.export.checkpoint == "last" else best_probe_uri(plan)
+    probe = read_tensors(uri) if storage.exists(uri) else {}
+    if not probe or int(probe["step"]) != step:
+        rule = f"the training is not through with step {step}: it has left nothing to compare its export with"
+        raise ConfigError("stages", list(plan.config.stages), rule, "run with train among the stages, to its end")
+    return probe
+
+
+def _verify(plan: RunPlan, out: Path, probe: dict[str, Tensor]) -> tuple[float, float]:
     """Relative errors of the pipeline's latents: with the export against the trained model, and base against it."""
-    probe = read_tensors(probe_uri(plan))
     raw = plan.config.ema.enabled and not plan.config.ema.export
     trained = probe["latents.raw" if raw else "latents"].float()
     base_folder = component_folder(plan.pretrained, "transformer")

@@ -43,6 +43,7 @@ def plan_run(config: RunConfig) -> RunPlan:
         facts = ClusterFacts(1, None, assumed=True)
     if not only_planning:
         pretrained.check(config)
+        pretrained.check_clip(config)
     plan = make_plan(config, facts, _identity(config, only_planning))
     fit.check(config, facts)
     if plan.tracking_uri:

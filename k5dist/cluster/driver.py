@@ -16,7 +16,7 @@ from k5dist import storage
 from k5dist.cluster.gang import Gang
 from k5dist.cluster.interrupts import Interrupts
 from k5dist.cluster.session import ray_session
-from k5dist.cluster.videos import VideoQueue
+from k5dist.cluster.videos import Item, VideoQueue
 from k5dist.config import ConfigError
 from k5dist.console import Bar, progress_bar, say, show_table
 from k5dist.events import parse
@@ -26,7 +26,8 @@ from k5dist.precache.sources import Listing
 from k5dist.precache.upkeep import CacheDamaged, explain, prune_cache, verify_cache
 from k5dist.tracking.run import TrackedRun
 from k5dist.train.checkpoint import committed_steps
-from k5dist.train.validate import probe_uri
+from k5dist.train.history import is_complete
+from k5dist.train.validate import probed_step
 
 _KEPT_LINES = 200
 _ON_RAY = {"precache", "train", "validate", "export"}
@@ -121,7 +122,9 @@ class TrainingStage:
         self.last_step = 0
         self.losses: dict[int, float] = {}
         self.validation: dict[int, float] = {}
+        self.best_step: int | None = None
         self.num_videos = 0
+        self.figures: dict[int, list[dict[str, dict[str, float]]]] = {}  # by step, of items whose step is not through
         self.failure: dict[str, Any] | None = None
         self.ended_at: int | None = None
         self.tail: list[str] = []
@@ -140,7 +143,7 @@ class TrainingStage:
     def run(self) -> None:
         """Raises TrainingFailed, or KeyboardInterrupt once the workers have saved and ended."""
         if "train" in self.plan.config.stages and self._complete():
-            say(f"training: step {self.plan.config.train.steps} is reached, nothing to train")
+            say(f"training: step {probed_step(self.plan)} is reached, nothing to train")
             return
         steps = self.plan.config.train.steps
         restarts = 0
@@ -162,10 +165,10 @@ class TrainingStage:
 
     def _complete(self) -> bool:
         """Whether an earlier launch of the same command has left everything that training leaves."""
-        if self.plan.config.resume != "auto" or not storage.exists(probe_uri(self.plan)):
+        if self.plan.config.resume != "auto":
             return False
         steps = committed_steps(self.plan.checkpoints_uri, self.plan.run_fingerprint)
-        return steps[-1:] == [self.plan.config.train.steps]
+        return is_complete(self.plan, probed_step(self.plan), steps[-1] if steps else None)
 
     def _attempt(self, bar: Bar) -> str | None:
         """One gang; None when it ended well, else what happened."""
@@ -209,14 +212,18 @@ class TrainingStage:
             self.tracked.log_metrics(event["metrics"], event["step"])
             bar.to(event["step"], f"loss {event['metrics']['loss']:.4f}  {event['metrics']['step_seconds']:.2f} s/step")
         elif kind == "validation":
-            self.validation[event["step"]] = event["losses"]["loss"]
-            metrics = {f"validation/{name}": value for name, value in event["losses"].items()}
-            self.tracked.log_metrics(metrics, event["step"])
+            self._log_validation(event["step"], event["losses"])
+        elif kind == "patience":
+            say(f"no lower held-out loss than at step {event['best']}: the training stops at step {event['step']}")
         elif kind == "videos":
-            self.videos.submit(event["step"], event["places"])
+            places = event["places"]
+            of_item = [dict(zip(places, item, strict=True)) for item in zip(*places.values(), strict=True)]
+            items = zip(event["prompts"], of_item, strict=True)
+            self.videos.submit([Item(event["step"], prompt, variants) for prompt, variants in items])
         elif kind == "resumed":
             say(f"resumed from the checkpoint of step {event['step']}")
             self._fill_history(event["history"])
+            self._fill_validations({int(step): losses for step, losses in event["validations"].items()})
             self.last_step = event["step"]
             bar.to(event["step"])
         elif kind == "failed":
@@ -234,12 +241,38 @@ class TrainingStage:
             if row["step"] not in known:
                 self.tracked.log_metrics(row["metrics"], row["step"])
 
+    def _log_validation(self, step: int, losses: dict[str, float]) -> None:
+        """The losses, and the step with the least of them so far as the run's tag `best_step`."""
+        self.validation[step] = losses["loss"]
+        self.tracked.log_metrics({f"validation/{name}": value for name, value in losses.items()}, step)
+        steps = [known for known in self.validation if known]
+        if steps:
+            best = min(steps, key=lambda known: (self.validation[known], known))
+            self.tracked.log_metrics({"validation/best_loss": self.validation[best]}, step)
+            if best != self.best_step:
+                self.best_step = best
+                self.tracked.set_tags({"best_step": str(best), "best_loss": f"{self.validation[best]:.6g}"})
+
+    def _fill_validations(self, validations: dict[int, dict[str, float]]) -> None:
+        """Those of before; the store may lack what a killed driver had received but not yet sent."""
+        self.validation = {step: loss for step, loss in self.validation.items() if step in validations or not step}
+        known = self.tracked.logged_steps("validation/loss")
+        for step, losses in sorted(validations.items()):
+            self.validation[step] = losses["loss"]
+            if step not in known:
+                self._log_validation(step, losses)
+
     def _log_videos(self, *, wait: bool) -> None:
-        for step, place, data in self.videos.finished(wait=wait):
-            path = Path(self._scratch.name) / f"{place.rsplit('/', 1)[-1]}.mp4"
-            path.write_bytes(data)
-            self.tracked.log_video(path, step=step, name=path.stem)
-            self.num_videos += 1
+        for decoded in self.videos.finished(wait=wait):
+            step = decoded.item.step
+            for name, data in decoded.videos.items():
+                path = Path(self._scratch.name) / f"{name}.mp4"
+                path.write_bytes(data)
+                self.tracked.log_video(path, step=step, name=name)
+                self.num_videos += 1
+            self.figures.setdefault(step, []).append(decoded.figures)
+            if not self.videos.has(step):
+                self.tracked.log_metrics(_mean_figures(self.figures.pop(step)), step)
 
     def _worth_a_restart(self) -> bool:
         """A worker that was killed, or lost its peers, may do better next time; one that raised will raise again."""
@@ -263,6 +296,17 @@ class TrainingStage:
         if self.num_videos:
             rows.append(("videos", f"{self.num_videos} in {storage.join(self.plan.run_uri, 'validation')}"))
         return rows
+
+
+def _mean_figures(items: list[dict[str, dict[str, float]]]) -> dict[str, float]:
+    """Means over a validation's videos: `validation/motion`, of other variants `validation/base/motion`."""
+    found: dict[str, list[float]] = {}
+    for item in items:
+        for variant, figures in item.items():
+            prefix = "validation/" if variant == "trained" else f"validation/{variant}/"
+            for name, value in figures.items():
+                found.setdefault(prefix + name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def _export(plan: RunPlan, tracked: TrackedRun) -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from k5dist.config.cluster import ClusterConfig, ParallelConfig, StorageConfig, TrackingConfig
+from k5dist.config.export import ExportConfig
 from k5dist.config.model import FlavourConfig, LoraConfig, ModelConfig
 from k5dist.config.names import adapter_names, weight_names
 from k5dist.config.optimizer import EmaConfig, OptimizerConfig
@@ -45,6 +46,7 @@ class RunConfig:
     tracking: TrackingConfig
     validation: ValidationConfig
     checkpoint: CheckpointConfig
+    export: ExportConfig
     resume: str
 
     @classmethod
@@ -70,6 +72,9 @@ class RunConfig:
             rule = f"flavour {self.flavour.name} names no public repository"
             raise ConfigError("pretrained", None, rule, "pretrained=<hub id, local folder or s3:// URI>")
         self.optimizer.check_names((weight_names if self.adapter == "full" else adapter_names)(self.model))
+        if "ema" in self.validation.compare and not self.ema.enabled:
+            rule = "this run keeps no average of its weights"
+            raise ConfigError("validation.compare", list(self.validation.compare), rule, "ema.enabled=true")
         if self.ema.enabled and self.optimizer.kind == "adamw_schedulefree":
             rule = "a schedule-free optimiser's weights are an average already"
             raise ConfigError("ema.enabled", True, rule, "ema.enabled=false or optimizer.kind=adamw")
@@ -83,12 +88,31 @@ class RunConfig:
             rule = f"Ulysses splits attention heads: the degree must divide the model's {heads} heads"
             fix = f"parallel.context= one of {', '.join(map(str, divisors))}"
             raise ConfigError("parallel.context", self.parallel.context, rule, fix)
+        self._check_best()
         if self.rollout.enabled and self.rollout.start_step >= self.train.steps:
             rule = f"rollouts begin after this step, and the training has {self.train.steps}"
             raise ConfigError("rollout.start_step", self.rollout.start_step, rule, "rollout.start_step=0")
         if self.flavour.task == "i2v" and self.validation_shape[0] < 17:
             rule = "the image-to-video pipeline normalises 5 latent frames after the first: at least 17 frames"
             raise ConfigError("validation.num_frames", self.validation_shape[0], rule, "validation.num_frames=17")
+
+    def _check_best(self) -> None:
+        """What hangs on held-out losses needs them to be measured."""
+        wants = {"export.checkpoint": self.export.checkpoint == "best", "validation.patience": self.validation.patience}
+        measured = "train" not in self.stages or "validate" in self.stages
+        for key, wanted in wants.items():
+            if not wanted:
+                continue
+            value = "best" if wanted is True else wanted
+            if not self.data.held_out or not measured:
+                rule = "it goes by the loss of clips held out, which the stage validate measures"
+                raise ConfigError(key, value, rule, "data.held_out=0.05, and train and validate among the stages")
+            if key == "export.checkpoint" and not self.checkpoint.keep_best:
+                rule = "the best checkpoint is only there where it is kept"
+                raise ConfigError(key, value, rule, "checkpoint.keep_best=true")
+            if key == "validation.patience" and not self.validation.every:
+                rule = "it counts validations, and there is but one, at the end"
+                raise ConfigError(key, value, rule, "validation.every=250")
 
     def _check_dataset(self, dataset: DatasetConfig) -> None:
         """What of a dataset hangs on the model and the task."""
@@ -102,7 +126,8 @@ class RunConfig:
         """Configurations are stored and shown: a login in a URI would be, too."""
         uris = {"storage.root": self.storage.root, "tracking.uri": self.tracking.uri, "data.source": self.data.source}
         uris |= {dataset.key("source"): dataset.source for dataset in self.datasets}
-        for key, uri in {**uris, "pretrained": self.pretrained}.items():
+        uris |= {"pretrained": self.pretrained, "validation.clip_model": self.validation.clip_model}
+        for key, uri in uris.items():
             scheme, separator, rest = (uri or "").partition("://")
             authority = rest.split("/", 1)[0]
             if separator and "@" in authority:

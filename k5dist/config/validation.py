@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from k5dist.schema import ConfigError, positive
+from k5dist.schema import ConfigError, one_of, positive
 from k5dist.shapes import check_num_frames, check_sides, parse_resolution
 
 RECOMMENDED_GUIDANCE = (2.0, 6.0)
+COMPARED = ("base", "ema")  # from left to right beside the trained model: before it, after it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +21,10 @@ class ValidationConfig:
     resolution: tuple[int, ...] | None
     sampling_steps: int
     timesteps: int
+    seeds: tuple[int, ...]
+    compare: tuple[str, ...]
+    clip_model: str | None
+    patience: int | None
 
     def __post_init__(self) -> None:
         if self.num_frames is not None:
@@ -34,12 +39,20 @@ class ValidationConfig:
             raise ConfigError("validation.guidance", self.guidance, rule, "validation.guidance=5.0")
         positive("validation.sampling_steps", self.sampling_steps)
         positive("validation.timesteps", self.timesteps)
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            rule = "one or more seeds, each once: every prompt gives a video for each"
+            raise ConfigError("validation.seeds", list(self.seeds), rule, "validation.seeds=[0]")
+        for variant in self.compare:
+            one_of("validation.compare", variant, COMPARED)
+        if self.patience is not None:
+            positive("validation.patience", self.patience)
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     every: int
     keep: int
+    keep_best: bool
 
     def __post_init__(self) -> None:
         positive("checkpoint.every", self.every)

@@ -38,6 +38,21 @@ def check(config: RunConfig) -> None:
             raise ConfigError("pretrained", config.pretrained, rule, "name the folder that holds model_index.json")
 
 
+def check_clip(config: RunConfig) -> None:
+    """Raises ConfigError when `validation.clip_model` is a folder or URI without both towers. Hub ids pass."""
+    name = config.validation.clip_model
+    if name is None or is_hub_id(name):
+        return
+    fix = "name the folder of a whole CLIP checkpoint, or validation.clip_model=null"
+    file = storage.join(storage.normalise(name), "config.json")
+    if not storage.exists(file):
+        raise ConfigError("validation.clip_model", name, "a CLIP checkpoint's folder has config.json", fix)
+    found = json.loads(storage.read_text(file)).get("model_type")
+    if found != "clip":
+        rule = f"it takes CLIP's text and image towers, model_type clip, and this is {found}"
+        raise ConfigError("validation.clip_model", name, rule, fix)
+
+
 def identity(config: RunConfig) -> str:
     """What stands for the checkpoint's content in fingerprints, from few and small reads.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -65,6 +67,22 @@ def peft_config(lora: LoraConfig) -> Any:
 
     alpha: Any = lora.alpha  # PEFT's annotation says int, its arithmetic takes any number
     return PeftLoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=LORA_TARGETS[lora.targets])
+
+
+@contextlib.contextmanager
+def adapters_off(transformer: nn.Module) -> Iterator[None]:
+    """The model as it was before training, for a while. Not by PEFT's own switch, which also freezes the adapters."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+    assert layers, "without adapters there is nothing to switch off"
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def materialise(transformer: nn.Module, pretrained: str, *, device: torch.device, seed: int) -> None:

@@ -198,6 +198,10 @@ class TrackedRun:
         for start in range(0, len(fresh), MAX_PARAMS_A_BATCH):
             self._client.log_batch(self.run_id, params=fresh[start : start + MAX_PARAMS_A_BATCH], synchronous=True)
 
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Replaces tags of these names; never raises."""
+        self._attempt("set tags", lambda: self._set_tags(tags))
+
     def log_git(self, folder: Path) -> None:
         """Stores commit, branch, whether files differ from it, and the difference; nothing outside a checkout."""
         commit = _git(folder, "rev-parse", "HEAD").strip()

@@ -73,6 +73,7 @@ class Checkpoints:
     def __init__(self, uri: str, *, fingerprint: str, keep: int, group: dist.ProcessGroup) -> None:
         self.uri, self.fingerprint, self.keep = uri, fingerprint, keep
         self.group = group
+        self.best: int | None = None  # a step that is kept, however old
         self.stall_seconds = 0.0
         self._running: tuple[int, Future, list[dict[str, Any]]] | None = None
 
@@ -131,12 +132,12 @@ class Checkpoints:
         storage.publish_bytes(storage.join(folder, MARKER), json.dumps(marker, indent=2).encode())
 
     def _prune(self) -> None:
-        """Delete all but the newest `keep`, and torn ones older than those; the marker goes first, so that a
+        """Delete all but the newest `keep` and the best, and torn ones older than those. The marker goes first: a
         half-deleted one is never loaded."""
         kept = committed_steps(self.uri, self.fingerprint)[-self.keep :]
         for name in storage.list_folder(self.uri):
             match = _STEP.fullmatch(name)
-            if match and int(match[1]) < kept[-1] and int(match[1]) not in kept:
+            if match and int(match[1]) < kept[-1] and int(match[1]) not in (*kept, self.best):
                 folder = storage.join(self.uri, name)
                 storage.remove(storage.join(folder, MARKER))
                 storage.remove(folder)

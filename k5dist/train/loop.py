@@ -20,11 +20,12 @@ from k5dist.train.adaptive import Prodigy
 from k5dist.train.checkpoint import Checkpoints
 from k5dist.train.ema import Ema, replaced
 from k5dist.train.feed import Feed, Step
+from k5dist.train.history import LossHistory
 from k5dist.train.optimiser import learning_rate, optimiser_tensors, trainable_parameters
 from k5dist.train.sharded import ShardedOptimizer
 from k5dist.train.signals import StopSignal
 from k5dist.train.step import TrainStep
-from k5dist.train.validate import Validator
+from k5dist.train.validate import Validator, best_probe_uri, write_probe
 
 
 @dataclass
@@ -56,6 +57,8 @@ class Trainer:
     state: TrainState
     ema: Ema | None = None
     history: list[dict[str, Any]] = field(default_factory=list)  # metrics since the last checkpoint
+    held_out: LossHistory | None = None  # None where nothing is held out or nothing validates
+    saved: int | None = None  # the step of the newest checkpoint
 
     @property
     def transformer(self) -> nn.Module:
@@ -65,10 +68,14 @@ class Trainer:
         """Train to the last step, or until asked to stop; either way the state is saved when it returns."""
         config = self.plan.config
         steps = iter(feed)
-        if self.state.step == 0 and self.validator is not None:
-            with self.evaluated():
-                self.validator.report_losses(self.transformer, 0)
-        while self.state.step < config.train.steps:
+        if self.validator is not None:
+            if self.state.step == 0:
+                with self.validating():
+                    self.validator.report_losses(self.transformer, 0)
+                self.validator.sample_base(self.transformer, 0)
+            elif self.held_out is not None and _due(self.state.step, config.validation.every) and not self.validated:
+                self.validate()  # which was cut off
+        while not self.ended:
             started = time.perf_counter()
             step = next(steps)
             loss, norm = self.train_step(step)
@@ -93,13 +100,51 @@ class Trainer:
         self.state.epoch, self.state.batch = (step.epoch + 1, 0) if step.last_of_epoch else (step.epoch, step.batch + 1)
         return loss, norm
 
+    @property
+    def ended(self) -> bool:
+        """Whether the last step is reached, or no better loss is waited for any longer."""
+        config = self.plan.config
+        if self.state.step >= config.train.steps:
+            return True
+        return self.held_out is not None and self.held_out.exhausted(config.validation.patience)
+
+    @property
+    def validated(self) -> bool:
+        """Whether the validation of the present step is behind us, by what is on record."""
+        return self.held_out is not None and self.state.step in self.held_out.losses
+
     def validate(self) -> None:
-        if self.validator is not None:
-            with self.evaluated():
-                self.validator.run(self.transformer, self.state.step)
+        """Held-out losses, which may make this step's checkpoint the best; videos; then it is on record."""
+        if self.validator is None:
+            return
+        step, history = self.state.step, self.held_out
+        with self.validating():
+            losses = self.validator.report_losses(self.transformer, step)
+        if losses and history is not None:
+            history.losses[step] = losses
+            if self.plan.config.checkpoint.keep_best and history.best_step == step:
+                self.keep_best()
+        with self.validating():
+            self.validator.sample_videos(self.transformer, step)
+        if losses and history is not None and dist.get_rank() == 0:
+            history.publish(self.plan)
+            if history.exhausted(self.plan.config.validation.patience):
+                emit("patience", step=step, best=history.best_step)
+
+    def keep_best(self) -> None:
+        """This step's checkpoint, beyond all others, with a probe of its own for its export."""
+        assert self.validator is not None
+        self.checkpoints.best = self.state.step
+        self.save()
+        write_probe(best_probe_uri(self.plan), self.transformer, self.validator, self.state.step, self.evaluated)
+
+    def validating(self) -> contextlib.AbstractContextManager[None]:
+        """Weights for a validation: those that are exported, but where it shows the raw ones beside their average."""
+        beside = self.ema is not None and "ema" in self.plan.config.validation.compare
+        return contextlib.nullcontext() if beside else self.evaluated()
 
     def evaluated(self) -> contextlib.AbstractContextManager[None]:
-        """The transformer with the weights to validate and export: an average's where one is kept."""
+        """The transformer with the weights to export: an average's where one is kept."""
         if self.ema is not None:
             return self.ema.applied(self.transformer)
         optimiser = self.work.optimiser
@@ -107,8 +152,18 @@ class Trainer:
         return contextlib.nullcontext() if average is None else replaced(self.transformer, average)
 
     def save(self) -> None:
-        self.checkpoints.save(self.tensors(), self.state.step, self.history)
-        self.history = []
+        if self.saved != self.state.step:
+            self.checkpoints.save(self.tensors(), self.state.step, self.history)
+            self.history, self.saved = [], self.state.step
+
+    def remember(self) -> None:
+        """What was measured up to the present step, as rank 0 reads it."""
+        found = [LossHistory.read(self.plan, self.state.step) if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(found, src=0, group=self.checkpoints.group)
+        self.held_out = found[0]
+        assert self.held_out is not None
+        if self.plan.config.checkpoint.keep_best:
+            self.checkpoints.best = self.held_out.best_step
 
     def tensors(self) -> dict[str, Any]:
         """What a checkpoint holds, whole: trainable weights, optimiser, and the run's counters."""
@@ -124,8 +179,10 @@ class Trainer:
         self.checkpoints.load(tensors, step)
         self.state = TrainState.of(tensors["train_state"]["counters"])
         assert self.state.step == step, "a checkpoint's folder is named after its step"
+        self.saved = step
         if dist.get_rank() == 0:
-            emit("resumed", step=step, history=self.checkpoints.history(step))
+            validations = LossHistory.read(self.plan, step).losses
+            emit("resumed", step=step, history=self.checkpoints.history(step), validations=validations)
 
     def report(self, step: Step, loss: float, norm: float, seconds: float) -> None:
         config = self.plan.config

@@ -72,7 +72,7 @@ def rollout_sigmas(sigma: float, depth: int, *, sampling_steps: int, shift: floa
 def roll_out(
     transformer: nn.Module, velocity: Velocity, start_THWC: Tensor, sigmas: Sequence[float], *, first: int
 ) -> Tensor:
-    """Euler steps from `start_THWC` at sigmas[0] to sigmas[-1], frames from `first` on; no dropout, as in sampling.
+    """Euler steps from `start_THWC` at sigmas[0] to sigmas[-1]: frames from `first` on, without dropout.
 
     `velocity(x_THWC, σ)` is the model's, fp32.
     """

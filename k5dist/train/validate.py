@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import collections
 import contextlib
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 import safetensors.torch
 import torch
@@ -15,16 +18,25 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from k5dist import storage
-from k5dist.cache.keys import seed_of
-from k5dist.config import RunConfig
+from k5dist.cache.keys import key_of, seed_of
+from k5dist.config import ConfigError, RunConfig
 from k5dist.estimate import Bucket
 from k5dist.events import emit
 from k5dist.model.forward import Text
 from k5dist.model.sample import load_scheduler, sample
+from k5dist.model.transformer import adapters_off
 from k5dist.plan import RunPlan
 from k5dist.train.checkpoint import step_folder
 from k5dist.train.feed import Dataset, padded_share
 from k5dist.train.objective import Objective
+
+log = logging.getLogger(__name__)
+
+
+class Averaged(Protocol):
+    """Weights averaged over the training, which can stand in for the trained ones."""
+
+    def applied(self, transformer: nn.Module) -> AbstractContextManager[object]: ...
 
 
 class Validator:
@@ -40,27 +52,30 @@ class Validator:
         *,
         rank: int,
         size: int,
+        ema: Averaged | None = None,
     ) -> None:
         self.config, self.dataset, self.objective = config, dataset, objective
         self.folder = storage.join(run_uri, "validation")
         self.rank, self.size = rank, size  # among data-parallel groups
         self.context = config.parallel.context
         self.scheduler = load_scheduler(pretrained)
+        self.ema = ema
+        validation = config.validation
+        self.items = [(at, seed) for at in range(len(validation.prompts)) for seed in validation.seeds]
+        if "ema" in validation.compare and ema is None:
+            rule = "this run keeps no average of its weights"
+            raise ConfigError("validation.compare", list(validation.compare), rule, "leave ema out of it")
 
-    @torch.no_grad()
-    def run(self, transformer: nn.Module, step: int) -> None:
-        """Held-out losses and a video for every prompt."""
-        self.report_losses(transformer, step)
-        transformer.eval()
-        self.sample_videos(transformer, step)
-        transformer.train()
-
-    def report_losses(self, transformer: nn.Module, step: int) -> None:
-        transformer.eval()
-        losses = self.held_out_loss(transformer)
-        transformer.train()
+    def report_losses(self, transformer: nn.Module, step: int) -> dict[str, float]:
+        """Held-out losses, told to the driver; those of the averaged weights as `ema/…`. Alike on every rank."""
+        with _evaluating(transformer):
+            losses = self.held_out_loss(transformer)
+            if losses and self.ema is not None and "ema" in self.config.validation.compare:
+                with self.ema.applied(transformer):
+                    losses |= {f"ema/{name}": loss for name, loss in self.held_out_loss(transformer).items()}
         if losses and dist.get_rank() == 0:
             emit("validation", step=step, losses=losses)
+        return losses
 
     def held_out_loss(self, transformer: nn.Module) -> dict[str, float]:
         """Mean loss over held-out clips: `loss`, `loss/sigma-k` for each timestep; for several of them also
@@ -83,6 +98,7 @@ class Validator:
             if real:
                 totals[names.index(strata[row]), level] += loss.double()
         dist.all_reduce(totals)
+        dist.broadcast(totals, 0)  # decisions hang on it: alike to the last bit
         totals /= self.context
         means = (totals.sum(0) / len(rows)).tolist()
         losses = {"loss": sum(means) / levels} | {f"loss/sigma-{k}": mean for k, mean in enumerate(means)}
@@ -96,20 +112,69 @@ class Validator:
         return losses
 
     def sample_videos(self, transformer: nn.Module, step: int) -> None:
-        """Denoise every prompt (spread over the workers) and leave its latents in the run's folder."""
-        prompts = self.config.validation.prompts
-        for at, real in padded_share(prompts, self.rank, self.size):
-            latents = self.sample_prompt(transformer, at)
-            if real and dist.get_rank() % self.context == 0:
-                name = f"{step_folder(step)}/{at:02d}.safetensors"
-                publish_tensors(storage.join(self.folder, name), {"latents": latents})
-        if prompts:
+        """Denoise every prompt with every seed and leave the latents in the run's folder, variants side by side."""
+        compare, folder = self.config.validation.compare, step_folder(step)
+        own = [f"{folder}/{i:02d}" for i in range(len(self.items))]
+        shown = {"trained": own}
+        with _evaluating(transformer):
+            self._sample_all(transformer, own)
+            if "ema" in compare and self.ema is not None:
+                shown["ema"] = [f"{place}-ema" for place in own]
+                with self.ema.applied(transformer):
+                    self._sample_all(transformer, shown["ema"])
+        if "base" in compare and self.sample_base(transformer, step):
+            shown = {"base": self._base_places()} | shown
+        if own:
             dist.barrier()
-            if dist.get_rank() == 0:
-                places = [storage.join(self.folder, f"{step_folder(step)}/{i:02d}") for i in range(len(prompts))]
-                emit("videos", step=step, prompts=list(prompts), places=places)
+        if own and dist.get_rank() == 0:
+            prompts = [self.config.validation.prompts[at] for at, _ in self.items]
+            places = {name: [storage.join(self.folder, place) for place in of] for name, of in shown.items()}
+            emit("videos", step=step, prompts=prompts, places=places)
 
-    def sample_prompt(self, transformer: nn.Module, at: int) -> Tensor:
+    def sample_base(self, transformer: nn.Module, step: int) -> bool:
+        """The untrained model's videos, once for all validations with equal settings; whether they are there.
+
+        Without adapters to switch off they can be made only before the first step.
+        """
+        if "base" not in self.config.validation.compare or not self.items:
+            return False
+        places, lora = self._base_places(), self.config.adapter == "lora"
+        missing = torch.zeros(len(places), device=self.objective.device)
+        if dist.get_rank() == 0:
+            known = [storage.exists(storage.join(self.folder, f"{place}.safetensors")) for place in places]
+            missing += torch.tensor([not there for there in known], device=missing.device)
+        dist.broadcast(missing, 0)
+        wanted = [i for i, lacks in enumerate(missing.tolist()) if lacks]
+        if wanted and not lora and step > 0:
+            log.warning("no videos of the untrained model to compare with: all weights have been trained since")
+            return False
+        with _evaluating(transformer), adapters_off(transformer) if lora else contextlib.nullcontext():
+            self._sample_all(transformer, places, wanted)
+        return True
+
+    def _base_places(self) -> list[str]:
+        """Named after all that the untrained model's videos hang on."""
+        validation = self.config.validation
+        shared = [validation.negative_prompt, validation.guidance, validation.sampling_steps]
+        shared += [self.config.validation_shape, self.config.train.precision]
+        return [
+            f"base/{key_of({'video': [validation.prompts[at], at, seed, *shared]})[:12]}" for at, seed in self.items
+        ]
+
+    def _sample_all(self, transformer: nn.Module, places: Sequence[str], wanted: Sequence[int] | None = None) -> None:
+        """Sample the items (at the positions `wanted`, or all), spread over the data-parallel groups.
+
+        Every group runs as many forwards as any other, repeating its last video if need be: their weights' shards are
+        gathered together.
+        """
+        wanted = range(len(places)) if wanted is None else wanted
+        for at, real in padded_share(wanted, self.rank, self.size):
+            prompt, seed = self.items[wanted[at]]
+            latents = self.sample_prompt(transformer, prompt, seed)
+            if real and dist.get_rank() % self.context == 0:
+                publish_tensors(storage.join(self.folder, f"{places[wanted[at]]}.safetensors"), {"latents": latents})
+
+    def sample_prompt(self, transformer: nn.Module, at: int, seed: int) -> Tensor:
         """Scaled latents [T, H, W, C] of the prompt at a position, fp32."""
         validation = self.config.validation
         texts = self.dataset.texts
@@ -118,7 +183,7 @@ class Validator:
             transformer,
             self.config.model,
             self.scheduler,
-            initial_noise(self.config, at, shape, self.objective.device),
+            initial_noise(self.config, at, shape, self.objective.device, seed),
             text=texts.get(validation.prompts[at]),
             negative=texts.get(validation.negative_prompt),
             guidance=validation.guidance,
@@ -140,10 +205,21 @@ class Validator:
         return clip.first_mean_1HWC.float() * self.objective.scaling_factor
 
 
-def initial_noise(config: RunConfig, at: int, latent_shape: tuple[int, int, int], device: torch.device) -> Tensor:
-    """The noise [T, H, W, C] that the video of prompt `at` starts from, the same at every validation."""
-    seed = seed_of(config.train.seed, "validation video", at)
-    generator = torch.Generator(device).manual_seed(seed)
+@contextlib.contextmanager
+def _evaluating(transformer: nn.Module) -> Iterator[None]:
+    """Without gradient and without an adapter's dropout."""
+    training = transformer.training
+    transformer.eval()
+    with torch.no_grad():
+        yield
+    transformer.train(training)
+
+
+def initial_noise(
+    config: RunConfig, at: int, latent_shape: tuple[int, int, int], device: torch.device, seed: int = 0
+) -> Tensor:
+    """The noise [T, H, W, C] that the video of prompt `at` starts from, equal at every validation and in all runs."""
+    generator = torch.Generator(device).manual_seed(seed_of(seed, "validation video", at))
     return torch.randn(*latent_shape, config.model.in_visual_dim, generator=generator, device=device)
 
 
@@ -160,11 +236,23 @@ def probe_uri(plan: RunPlan) -> str:
     return storage.join(plan.run_uri, "probe.safetensors")
 
 
+def best_probe_uri(plan: RunPlan) -> str:
+    """Of the checkpoint with the least held-out loss."""
+    return storage.join(plan.run_uri, "probe-best.safetensors")
+
+
+def probed_step(plan: RunPlan) -> int | None:
+    """The step whose model the probe shows; None where a training has left none yet."""
+    uri = probe_uri(plan)
+    return int(read_tensors(uri)["step"]) if storage.exists(uri) else None
+
+
 def write_probe(
     uri: str,
     transformer: nn.Module,
     validator: Validator,
-    evaluated: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    step: int,
+    evaluated: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> None:
     """A two-step sample of the trained model with all its inputs: what an export must reproduce.
 
@@ -201,7 +289,7 @@ def write_probe(
         tensors = _text_tensors("text", text) | _text_tensors("negative", negative)
         # With the guidance: validation's settings may change between the training and its export.
         tensors |= {"noise": noise, "latents": latents, "guidance": torch.tensor(config.validation.guidance)} | raw
-        tensors |= {} if first is None else {"first_frame": first}
+        tensors |= {"step": torch.tensor(step)} | ({} if first is None else {"first_frame": first})
         publish_tensors(uri, tensors)
 
 

@@ -31,7 +31,7 @@ from k5dist.train.optimiser import make_optimiser, parameter_groups, trained_dty
 from k5dist.train.parallelise import compute_dtype, make_mesh, parallelise
 from k5dist.train.signals import StopSignal, die_with_parent
 from k5dist.train.step import TrainStep
-from k5dist.train.validate import Validator, probe_uri, write_probe
+from k5dist.train.validate import Validator, probe_uri, probed_step, write_probe
 
 START_TIMEOUT = datetime.timedelta(minutes=30)  # one node may download a checkpoint while the others wait
 log = logging.getLogger(__name__)
@@ -94,13 +94,17 @@ def work(plan: RunPlan, device: torch.device, stack: contextlib.ExitStack) -> No
     if found is not None:
         trainer.resume(found)
     if "train" in config.stages:
-        if trainer.state.step < config.train.steps:
+        if trainer.validator is not None and dataset.held_out_rows:
+            trainer.remember()
+        if not trainer.ended:
             trainer.run(make_feed(plan, trainer, dataset, stack))
-        if trainer.state.step == config.train.steps and not storage.exists(probe_uri(plan)):
-            trainer.validate()
+        if trainer.ended and probed_step(plan) != trainer.state.step:
+            if not trainer.validated:
+                trainer.validate()
             # The last thing a training leaves: its presence says that nothing is missing.
             validator = make_validator(plan, trainer, dataset)
-            write_probe(probe_uri(plan), trainer.transformer, validator, trainer.evaluated)
+            step = trainer.state.step
+            write_probe(probe_uri(plan), trainer.transformer, validator, step, trainer.evaluated)
     else:
         trainer.validate()
     if dist.get_rank() == 0:
@@ -179,7 +183,16 @@ def make_validator(plan: RunPlan, trainer: Trainer, dataset: Dataset) -> Validat
     if trainer.validator is not None:
         return trainer.validator
     rank, size = data_parallel_rank(plan), plan.world.data_parallel
-    return Validator(plan.config, plan.pretrained, plan.run_uri, dataset, trainer.work.objective, rank=rank, size=size)
+    return Validator(
+        plan.config,
+        plan.pretrained,
+        plan.run_uri,
+        dataset,
+        trainer.work.objective,
+        rank=rank,
+        size=size,
+        ema=trainer.ema,
+    )
 
 
 def plan_encoding(plan: RunPlan) -> TextEncoding:

@@ -25,6 +25,7 @@ SHORT = (
     "validation.every=6",
     "validation.sampling_steps=2",
     "validation.prompts=[A cartoon rabbit wakes up in a green meadow]",
+    "validation.compare=[base]",
 )
 
 

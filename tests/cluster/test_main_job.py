@@ -17,6 +17,7 @@ from k5dist.cache.shards import ShardStore
 from k5dist.plan import RunPlan
 from k5dist.precache.video import decode_clip, probe
 from k5dist.train.checkpoint import committed_steps
+from k5dist.train.history import LossHistory
 from tests.cluster import job as jobs
 from tests.cluster.job import SHORT, Job
 
@@ -49,7 +50,10 @@ def test_every_stage_leaves_its_artifact(finished: Job, root: Path) -> None:
     table = sample_store(plan).index()
     assert table.num_rows == 14
     assert {len(t) for t in table.column("tensors").to_pylist()} == {2}
-    assert committed_steps(plan.checkpoints_uri, plan.run_fingerprint) == [8, 12]
+    history = LossHistory.read(plan)
+    assert sorted(history.losses) == [6, 12]
+    # The newest two, and the best of those validated.
+    assert committed_steps(plan.checkpoints_uri, plan.run_fingerprint) == sorted({8, 12, history.best_step})
     lora = safetensors.torch.load_file(run / "export" / "pytorch_lora_weights.safetensors")
     assert any(key.endswith("lora_B.weight") and value.abs().sum() > 0 for key, value in lora.items())
     assert json.loads((run / "export" / "export.json").read_text())["error"] < 1e-3
@@ -57,6 +61,9 @@ def test_every_stage_leaves_its_artifact(finished: Job, root: Path) -> None:
         with (run / "validation" / step / "00.mp4").open("rb") as file:
             assert (probe(file).width, probe(file).height) == (96, 64)
             assert len(decode_clip(file, start=0, end=None, num_frames=17, frame_rate=12, height=64, width=96)) == 17
+        with (run / "validation" / step / "00-side.mp4").open("rb") as file:
+            assert (probe(file).width, probe(file).height) == (192, 64), "the base beside the trained model"
+    assert len(list((run / "validation" / "base").glob("*.mp4"))) == 1
 
 
 def test_the_mlflow_run_tells_the_whole_story(finished: Job, root: Path) -> None:
@@ -72,6 +79,10 @@ def test_the_mlflow_run_tells_the_whole_story(finished: Job, root: Path) -> None
         "data_wait_share",
         "memory_gib",
         "validation/loss",
+        "validation/best_loss",
+        "validation/motion",
+        "validation/flicker",
+        "validation/base/motion",
         "export/error",
     } <= metrics
     assert [m.step for m in client.get_metric_history(run.info.run_id, "validation/loss")] == [0, 6, 12]
@@ -82,6 +93,10 @@ def test_the_mlflow_run_tells_the_whole_story(finished: Job, root: Path) -> None
     assert {"config.yaml", "plan.json", "videos", "export", "logs", "export.json"} <= top
     videos = {a.path for a in client.list_artifacts(run.info.run_id, "videos")}
     assert videos == {"videos/step-00000006", "videos/step-00000012"}
+    shown = [a.path.rsplit("/", 1)[-1] for a in client.list_artifacts(run.info.run_id, "videos/step-00000012")]
+    assert shown == ["00-side.mp4", "00.mp4"]
+    held_out = {m.step: m.value for m in client.get_metric_history(run.info.run_id, "validation/loss") if m.step}
+    assert run.data.tags["best_step"] == str(min(held_out, key=lambda step: held_out[step]))
 
 
 def test_again_nothing_is_encoded_or_trained(finished: Job, root: Path) -> None:
