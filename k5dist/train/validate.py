@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 class Averaged(Protocol):
     """Weights averaged over the training, which can stand in for the trained ones."""
 
-    def applied(self, transformer: nn.Module) -> AbstractContextManager[object]: ...
+    def applied(self, model: nn.Module) -> AbstractContextManager[object]: ...
 
 
 class Validator:
