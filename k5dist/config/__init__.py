@@ -8,6 +8,7 @@ from k5dist.config.cluster import ClusterConfig, ParallelConfig, StorageConfig, 
 from k5dist.config.model import FlavourConfig, LoraConfig, ModelConfig
 from k5dist.config.precache import PrecacheConfig
 from k5dist.config.run import STAGES, RunConfig
+from k5dist.config.slurm import SlurmConfig
 from k5dist.config.train import CHECKPOINTING, OptimizerConfig, TrainConfig
 from k5dist.config.validation import RECOMMENDED_GUIDANCE, CheckpointConfig, ValidationConfig
 from k5dist.schema import ConfigError, nearest
@@ -31,6 +32,7 @@ __all__ = [
     "ParallelConfig",
     "PrecacheConfig",
     "RunConfig",
+    "SlurmConfig",
     "StorageConfig",
     "TrackingConfig",
     "TrainConfig",

@@ -9,6 +9,7 @@ from typing import Any
 from k5dist.config.cluster import ClusterConfig, ParallelConfig, StorageConfig, TrackingConfig
 from k5dist.config.model import FlavourConfig, LoraConfig, ModelConfig
 from k5dist.config.precache import PrecacheConfig
+from k5dist.config.slurm import SlurmConfig
 from k5dist.config.train import OptimizerConfig, TrainConfig
 from k5dist.config.validation import CheckpointConfig, ValidationConfig
 from k5dist.datasets import DataConfig, DatasetConfig
@@ -36,6 +37,7 @@ class RunConfig:
     optimizer: OptimizerConfig
     parallel: ParallelConfig
     cluster: ClusterConfig
+    slurm: SlurmConfig
     storage: StorageConfig
     tracking: TrackingConfig
     validation: ValidationConfig
