@@ -32,9 +32,11 @@ head=${K5DIST_HEAD_ADDRESS:-$("${on_first[@]}" "${prefix[@]}" "$python" -c \
   'import ray.util; print(ray.util.get_node_ip_address())' | tail -n 1)}
 port=$((20000 + SLURM_JOB_ID % 10000)) # jobs that share a node have clusters of their own
 export RAY_ADDRESS="$head:$port" K5DIST_WAIT_NODES="$SLURM_JOB_NUM_NODES"
+# Ray's ports ask for this token: made here, known to this job's steps alone.
+RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 export K5DIST_RAY_HEAD="$SLURMD_NODENAME" K5DIST_RAY_PORT="$port"
 
-# Slurm numbers steps as they start; this one's name is asked for, since signals go to a step.
 # shellcheck disable=SC2016  # expanded on each node
 ray_node='
 options=(--block --disable-usage-stats "--num-cpus=$SLURM_CPUS_ON_NODE" "--num-gpus=${SLURM_GPUS_ON_NODE:-0}")
@@ -49,7 +51,7 @@ srun --overlap --job-name=k5dist-ray --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$S
   >"/tmp/k5-ray-$SLURM_JOB_ID.log" 2>&1 &
 ray=$!
 
-step_id() { # of the step with this name
+step_id() { # of the step with this name: Slurm numbers them as they start
   squeue --steps --noheader --format='%i %j' --jobs="$SLURM_JOB_ID" | awk -v name="$1" '$2 == name {print $1}'
 }
 asked_to_stop=
@@ -58,7 +60,7 @@ stop_driver() { # to the step and not to srun, which would kill what has not sav
   echo "k5dist: asked to stop: the workers save a checkpoint"
   scancel --signal=USR1 "$(step_id k5dist)"
 }
-for ((i = 0; i < 120; i++)); do # until the head listens
+for ((i = 0; i < 240; i++)); do # until the head listens
   (exec 3<>"/dev/tcp/$head/$port") 2>/dev/null && break
   kill -0 "$ray" 2>/dev/null || break
   sleep 1
@@ -79,7 +81,7 @@ if ((status != 0 && status != 130)); then
   echo "k5dist: the last lines of Ray on all nodes:" >&2
   tail -n 5 "/tmp/k5-ray-$SLURM_JOB_ID.log" >&2 || true
 fi
-scancel --signal=TERM "$(step_id k5dist-ray)" || true
+kill -TERM "$ray" 2>/dev/null || true # srun ends Ray on all nodes
 for ((i = 0; i < 30; i++)); do kill -0 "$ray" 2>/dev/null && sleep 0.5; done
 kill -KILL "$ray" 2>/dev/null || true
 rm -rf "/tmp/k5-ray-$SLURM_JOB_ID.log" "/tmp/k5-$SLURM_JOB_ID-"*
