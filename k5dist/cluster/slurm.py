@@ -79,7 +79,11 @@ def _job(
     lines += [f"export {key}={shlex.quote(value)}" for key, value in _settings(slurm).items()]
     # Inside, the plan is this one: the batch is settled here, and where it runs is the script's own to say.
     inside = [*overrides, f"train.batch_size={plan.batch_size}"]
-    lines += ["set -- \\", *(f"  {shlex.quote(override)} \\" for override in inside[:-1]), f"  {shlex.quote(inside[-1])}"]
+    lines += [
+        "set -- \\",
+        *(f"  {shlex.quote(override)} \\" for override in inside[:-1]),
+        f"  {shlex.quote(inside[-1])}",
+    ]
     body = (_folder() / "in_allocation.sh").read_text()
     return SlurmJob(name, "\n".join([*lines, "", body]), after)
 

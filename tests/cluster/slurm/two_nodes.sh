@@ -33,6 +33,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 SelectType=select/cons_tres
+EnforcePartLimits=ALL
 SlurmdParameters=config_overrides
 ReturnToService=2
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
@@ -42,6 +43,7 @@ NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=17001 CPUs=4 RealMemory=4
 NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=17002 CPUs=4 RealMemory=4000
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=60 State=UP
 CONF
+export GLOO_SOCKET_IFNAME=lo # the only interface here
 export SLURM_CONF=$folder/slurm.conf
 munged --force --key-file="$folder/munge/key" --socket="$folder/munge/socket" --pid-file="$folder/munge/pid" \
   --log-file="$folder/munge/log" --seed-file="$folder/munge/seed"
