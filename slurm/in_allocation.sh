@@ -51,14 +51,15 @@ srun --overlap --job-name=k5dist-ray --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$S
   >"/tmp/k5-ray-$SLURM_JOB_ID.log" 2>&1 &
 ray=$!
 
-step_id() { # of the step with this name: Slurm numbers them as they start
-  squeue --steps --noheader --format='%i %j' --jobs="$SLURM_JOB_ID" | awk -v name="$1" '$2 == name {print $1}'
-}
 asked_to_stop=
-stop_driver() { # to the step and not to srun, which would kill what has not saved yet
+stop_driver() { # never to srun, which would kill what has not saved yet
   asked_to_stop=1
   echo "k5dist: asked to stop: the workers save a checkpoint"
-  scancel --signal=USR1 "$(step_id k5dist)"
+  if ((${#srun_options[@]})); then
+    scancel --signal=USR1 "$driver_step" || true
+  else
+    kill -USR1 "$driver" || true
+  fi
 }
 for ((i = 0; i < 240; i++)); do # until the head listens
   (exec 3<>"/dev/tcp/$head/$port") 2>/dev/null && break
@@ -67,8 +68,13 @@ for ((i = 0; i < 240; i++)); do # until the head listens
 done
 
 trap stop_driver USR1 TERM
-"${on_first[@]}" --job-name=k5dist "${prefix[@]}" "$python" -m k5dist.launch "$@" \
-  cluster.kind=ray "cluster.address=$RAY_ADDRESS" &
+command=("${prefix[@]}" "$python" -m k5dist.launch "$@" cluster.kind=ray "cluster.address=$RAY_ADDRESS")
+if ((${#srun_options[@]})); then # pyxis enters a container by srun alone
+  command=("${on_first[@]}" "${command[@]}")
+fi
+# Slurm numbers steps as they start: the head's address (if asked), Ray, the driver.
+driver_step=$SLURM_JOB_ID.$([[ -n ${K5DIST_HEAD_ADDRESS:-} ]] && echo 1 || echo 2)
+"${command[@]}" &
 driver=$!
 status=0
 while :; do # a signal interrupts `wait`; the driver goes on
