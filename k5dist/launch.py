@@ -62,7 +62,7 @@ def _identity(config: RunConfig, only_planning: bool) -> str:
 def refuse_unfinished(plan: RunPlan) -> None:
     """What this release plans but does not run is said before anything starts, never done half."""
     config = plan.config
-    if config.cluster.kind in ("slurm", "kubernetes"):
+    if config.cluster.kind == "kubernetes":
         rule = "this release plans for it but does not submit there yet"
         fix = "start Ray in the allocation and use cluster=ray cluster.address=<host:port>"
         raise ConfigError("cluster", config.cluster.kind, rule, fix)
@@ -165,6 +165,8 @@ def launch(composed: DictConfig) -> int:
                 storage.publish_bytes(plan.plan_uri, plan.to_json().encode())
             say(f"plan: {plan.plan_uri}")
             return 0
+        if config.cluster.kind == "slurm":
+            return submit(plan)
         return run_plan(plan, OmegaConf.to_yaml(composed))
     except ConfigError as error:
         sys.stderr.write(error.block() + "\n")
@@ -250,6 +252,22 @@ def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def submit(plan: RunPlan) -> int:
+    """Hand the same command to Slurm; it runs `launch` again inside its allocation."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from k5dist.cluster import slurm
+
+    jobs = slurm.jobs(plan, list(HydraConfig.get().overrides.task))
+    if plan.config.cluster.dry_run:
+        for job in jobs:
+            sys.stdout.write(job.script)
+        return 0
+    for line in slurm.submit(jobs):
+        say(line)
+    return 0
+
+
 @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")
 def _job(composed: DictConfig) -> None:
     # Hydra turns exceptions into its own report and status; ours have been handled by then.
@@ -261,7 +279,8 @@ def _job(composed: DictConfig) -> None:
 
 def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    signal.signal(signal.SIGTERM, _interrupt)  # schedulers say SIGTERM where a person types Ctrl-C
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # what schedulers say where a person types Ctrl-C
+        signal.signal(number, _interrupt)
     sys.argv[1:] = normalise_arguments(sys.argv[1:])
     overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
     if not any(argument in ("-m", "--multirun") for argument in sys.argv[1:]):

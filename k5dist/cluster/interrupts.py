@@ -10,7 +10,7 @@ import signal
 import threading
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # a person, a machine, Slurm
 
 
 class Interrupts:

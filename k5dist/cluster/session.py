@@ -8,12 +8,15 @@ import os
 import re
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 from k5dist.config import ClusterConfig, ConfigError
 
 _ATTACH_SECONDS = 30
+_NODES_SECONDS = 120
+WAIT_NODES_VARIABLE = "K5DIST_WAIT_NODES"  # set where the nodes of an allocation come up one by one
 _LONGEST_TEMPORARY = 30  # characters; Ray adds 73
 _SECRET = re.compile("KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL")
 _PROPAGATED = ("K5DIST_", "AWS_", "S3_", "FSSPEC_", "HF_", "CUDA_", "NCCL_", "GLOO_", "TORCH_", "OMP_")
@@ -79,3 +82,16 @@ def _attach(address: str, options: dict[str, Any]) -> None:
     # Ray stores and logs a job's environment: what is secret stays in the nodes' own environment or profile.
     environment = {k: v for k, v in os.environ.items() if k.startswith(_PROPAGATED) and not _SECRET.search(k)}
     ray.init(address=address, runtime_env={"env_vars": environment}, **options)
+    _wait_for_nodes(int(os.environ.get(WAIT_NODES_VARIABLE, "1")))
+
+
+def _wait_for_nodes(wanted: int) -> None:
+    """Precache sizes itself by what is there, so it begins when all nodes are."""
+    import ray
+
+    deadline = time.monotonic() + _NODES_SECONDS
+    while (alive := sum(node["Alive"] for node in ray.nodes())) < wanted:
+        if time.monotonic() > deadline:
+            rule = f"the allocation has {wanted} nodes, and Ray came up on {alive} of them in {_NODES_SECONDS} s"
+            raise ConfigError("cluster.nodes", wanted, rule, "look for Ray's last lines below; try again")
+        time.sleep(0.2)

@@ -11,6 +11,7 @@ from k5dist.config.optimizer import OPTIMIZERS, EmaConfig, OptimizerConfig
 from k5dist.config.precache import PrecacheConfig
 from k5dist.config.rollout import RolloutConfig
 from k5dist.config.run import STAGES, RunConfig
+from k5dist.config.slurm import SlurmConfig
 from k5dist.config.train import CHECKPOINTING, TrainConfig
 from k5dist.config.validation import RECOMMENDED_GUIDANCE, CheckpointConfig, ValidationConfig
 from k5dist.schema import ConfigError, nearest
@@ -38,6 +39,7 @@ __all__ = [
     "PrecacheConfig",
     "RolloutConfig",
     "RunConfig",
+    "SlurmConfig",
     "StorageConfig",
     "TrackingConfig",
     "TrainConfig",

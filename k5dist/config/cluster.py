@@ -27,6 +27,7 @@ class ClusterConfig:
     workers_per_node: int | None
     address: str | None
     max_restarts: int
+    dry_run: bool
 
     def __post_init__(self) -> None:
         one_of("cluster.kind", self.kind, ("local", "ray", "slurm", "kubernetes"))

@@ -13,6 +13,7 @@ from k5dist.config.names import adapter_names, weight_names
 from k5dist.config.optimizer import EmaConfig, OptimizerConfig
 from k5dist.config.precache import PrecacheConfig
 from k5dist.config.rollout import RolloutConfig
+from k5dist.config.slurm import SlurmConfig
 from k5dist.config.train import TrainConfig
 from k5dist.config.validation import CheckpointConfig, ValidationConfig
 from k5dist.datasets import DataConfig, DatasetConfig
@@ -42,6 +43,7 @@ class RunConfig:
     rollout: RolloutConfig
     parallel: ParallelConfig
     cluster: ClusterConfig
+    slurm: SlurmConfig
     storage: StorageConfig
     tracking: TrackingConfig
     validation: ValidationConfig

@@ -1,0 +1,92 @@
+"""A real Slurm of two emulated nodes on this machine: both scripts, and a run that is stopped and goes on.
+
+Slurm lets a requeued job wait for two minutes: `-m slow` asks for this test.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import job as jobs
+
+HOME = Path(__file__).parent.parent.parent
+COMMAND = (
+    *("+flavour=t2v-tiny", "train.steps=80", "checkpoint.every=1000", "validation.prompts=[]"),
+    "stages=[plan,precache,train]",
+)
+MISSING = [name for name in ("slurmctld", "slurmd", "sbatch", "munged", "unshare") if shutil.which(name) is None]
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(bool(MISSING), reason=f"missing: {', '.join(MISSING)} (Debian: slurmctld slurmd munge)"),
+    pytest.mark.skipif(os.getuid() != 0, reason="slurmd and name spaces need root"),
+]
+
+
+REFUSED = """
+from k5dist.cluster import slurm
+from k5dist.config import ConfigError
+for options in (["--partition=nowhere"], ["--nodes=3"], ["--nodes=1", "--time=99:00:00"], ["--gpus-per-node=1"]):
+    script = "\\n".join(["#!/bin/bash", *(f"#SBATCH {option}" for option in options), "true"]) + "\\n"
+    good = slurm.SlurmJob("good", "#!/bin/bash\\n#SBATCH --begin=now+1hour\\ntrue\\n", after_previous=False)
+    try:
+        slurm.submit([good, slurm.SlurmJob("bad", script, after_previous=True)])
+    except ConfigError as error:
+        print(options[-1], error.key, error.rule, sep="|", flush=True)
+"""
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """Sockets of munge lie below it, and their paths are bounded."""
+    with tempfile.TemporaryDirectory(prefix="k5-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+def test_what_slurm_refuses_is_one_message_and_leaves_nothing_queued(short_folder: Path) -> None:
+    """A queue that does not exist, more nodes and more time than there are, GPUs of a cluster without."""
+    (short_folder / "refused.py").write_text(REFUSED)
+    script = f"{sys.executable} {short_folder}/refused.py && echo queued: $(squeue --noheader --format=%j)"
+    command = ["bash", HOME / "tests" / "cluster" / "slurm" / "two_nodes.sh", short_folder / "slurm", "bash", "-c"]
+    environment = {**os.environ, "PYTHONPATH": str(HOME)}
+    done = subprocess.run([*command, script], cwd=HOME, env=environment, capture_output=True, text=True, check=False)
+    *refused, queued = [line.split("|") for line in done.stdout.splitlines()]
+    assert [line[:2] for line in refused] == [
+        ["--partition=nowhere", "slurm.partition"],
+        ["--nodes=3", "cluster.nodes"],
+        ["--time=99:00:00", "slurm.time"],
+        ["--gpus-per-node=1", "cluster.gpus_per_node"],
+    ], done.stdout + done.stderr
+    assert queued == ["queued:"], done.stdout
+
+
+@pytest.mark.slow
+def test_stopped_queued_again_and_finished_with_the_losses_of_an_undisturbed_run(short_folder: Path) -> None:
+    scripts = HOME / "tests" / "cluster" / "slurm"
+    command = ["bash", scripts / "two_nodes.sh", short_folder / "slurm", "bash", scripts / "preempt.sh", short_folder]
+    environment = {**os.environ, "PYTHONPATH": str(HOME)}
+    done = subprocess.run(
+        [*command, sys.executable, *COMMAND], cwd=HOME, env=environment, capture_output=True, text=True, check=False
+    )
+    said = {path.stem: path.read_text() for path in short_folder.glob("*.out")}
+    everything = "\n".join([done.stdout, done.stderr, *said.values()])
+    assert done.returncode == 0, everything
+    assert "k5dist: asked to stop" in said["preempted"], everything
+    assert "resumed from the checkpoint of step" in said["preempted"], everything
+    assert "clips: all 14 are in the cache" in said["precache"], everything
+    root = short_folder / "root"
+    preempted, whole = (jobs.the_run(root, name) for name in ("preempted", "whole"))
+    assert preempted.info.status == whole.info.status == "FINISHED", everything
+    found = jobs.losses(root, whole.info.run_id)
+    assert sorted(found) == list(range(1, 81))
+    assert jobs.losses(root, preempted.info.run_id) == found
+    jobs.wait_until_nothing_runs(str(root))
