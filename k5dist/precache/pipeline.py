@@ -91,7 +91,7 @@ def precache(plan: RunPlan, listing: Listing) -> Summary:
         raise
     _write_ledger(plan, listing, summary)
     _check_failures(plan.config, summary)
-    _select(plan, chosen)
+    _select(plan, chosen, encoding)
     return summary
 
 
@@ -339,11 +339,17 @@ def _write_ledger(plan: RunPlan, listing: Listing, summary: Summary) -> None:
     write_ledger(plan.cache_uri, summary.failures, {uri for column in uris for uri in column})
 
 
-def _select(plan: RunPlan, chosen: pa.Table) -> None:
-    """Fix the run's samples: its batch order is a function of them, so a resumed run keeps the set it began with."""
-    uri = storage.join(plan.run_uri, layout.SELECTION)
+def _select(plan: RunPlan, chosen: pa.Table, encoding: layout.TextEncoding) -> None:
+    """Fix the run's samples: its batch order is a function of them, so a resumed run keeps the set it began with.
+
+    Where they lie is written anew each time: what was mended lies elsewhere.
+    """
+    uri, selected = storage.join(plan.run_uri, layout.SELECTION), chosen
     if storage.exists(uri):
-        if layout.read_selected(uri) != chosen:
+        selected = layout.read_selected(uri)
+        if selected != chosen:
             say("note: the data has changed since this run began; it keeps its clips (resume=never starts anew)")
-        return
-    layout.write_selection(uri, chosen)
+    else:
+        layout.write_selection(uri, chosen)
+    texts = layout.captions(plan.cache_uri, encoding)
+    layout.write_places(plan.run_uri, selected, layout.samples(plan.cache_uri), texts)
