@@ -40,7 +40,8 @@ class Rows:
         self.num_rows = meta.num_rows
         self._at = self._file.schema_arrow.names.index("key")
         self._groups: collections.OrderedDict[int, pa.Table] = collections.OrderedDict()
-        self._last = [self._statistics(group).max for group in range(meta.num_row_groups)]
+        groups = range(meta.num_row_groups if self.num_rows else 0)  # an empty group has no statistics
+        self._last = [self._statistics(group).max for group in groups]
 
     def _statistics(self, group: int) -> Any:
         return self._file.metadata.row_group(group).column(self._at).statistics

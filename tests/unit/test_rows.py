@@ -37,6 +37,12 @@ def test_rows_by_number_and_by_key(numbered: tuple[rows.Rows, int]) -> None:
     assert found.find("") is None
 
 
+def test_nothing_is_found_in_an_empty_file(tmp_path: Path) -> None:
+    uri = str(tmp_path / "rows.parquet")
+    rows.write_rows(uri, pa.table({"key": pa.array([], pa.string())}))
+    assert rows.Rows(uri, []).find("a") is None
+
+
 def test_few_row_groups_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "GROUP_ROWS", 2)
     monkeypatch.setattr(rows, "_KEPT_GROUPS", 3)
