@@ -122,15 +122,19 @@ def pass_through(model: torch.nn.Module, device: torch.device) -> torch.nn.Modul
     machines do not have. A batch costs one reading of all weights over the bus.
     """
 
-    def enter(layer: torch.nn.Module, _: object) -> None:
-        for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
-            tensor.host = tensor.data  # type: ignore[attr-defined]
-            tensor.data = tensor.data.to(device)
+    def enter(layer: Any, _: object) -> None:
+        layer.on_host = dict(layer._parameters), dict(layer._buffers)
+        for name, weight in layer.on_host[0].items():
+            if weight is not None:
+                layer._parameters[name] = torch.nn.Parameter(weight.to(device), requires_grad=False)
+        for name, buffer in layer.on_host[1].items():
+            layer._buffers[name] = None if buffer is None else buffer.to(device)
 
-    def leave(layer: torch.nn.Module, *_: object) -> None:
-        for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
-            tensor.data = tensor.host  # type: ignore[attr-defined]
-            del tensor.host  # type: ignore[attr-defined]
+    def leave(layer: Any, *_: object) -> None:
+        parameters, buffers = layer.on_host
+        layer._parameters.update(parameters)
+        layer._buffers.update(buffers)
+        del layer.on_host
 
     for layer in model.modules():
         if any(True for _ in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))):
