@@ -92,6 +92,7 @@ def show_plan(plan: RunPlan) -> None:
             "steps",
             f"{config.train.steps}, seed {config.train.seed}, lr {config.optimizer.lr:g} ({config.optimizer.schedule})",
         ),
+        ("precache", _pools(plan)),
         ("recompute", _recompute(plan)),
         ("memory a GPU" if world.device == "cuda" else "memory a worker", _memory(plan, costs)),
         *([("rollout", _rollout(plan, costs))] if config.rollout.enabled else []),
@@ -109,6 +110,14 @@ def _data(config: RunConfig) -> str:
     if not config.data.datasets:
         return str(config.data.source or "none named: the flavour's default bucket")
     return ", ".join(f"{dataset.name} ({dataset.source})" for dataset in config.datasets)
+
+
+def _pools(plan: RunPlan) -> str:
+    pools = plan.pools
+    shown = ((pools.text, "text"), (pools.vae, "VAE"))
+    parts = [f"{p.workers} {name} workers" + (f" of {p.gpus:g} GPU" if p.gpus else "") for p, name in shown]
+    decoding = "a free core" if pools.decode_tasks is None else f"{pools.decode_tasks} at once"
+    return f"{', then '.join(parts)}; decoding: {decoding}"
 
 
 def _count(number: int) -> str:

@@ -19,6 +19,7 @@ from k5dist.config import ConfigError, RunConfig
 from k5dist.datasets import DatasetConfig
 from k5dist.estimate import Recompute
 from k5dist.memory import Memory
+from k5dist.pools import Pools, settle_pools
 from k5dist.shapes import Bucket
 from k5dist.world import ClusterFacts, World, make_world
 
@@ -54,6 +55,11 @@ class RunPlan:
         """Clips a step over all workers."""
         assert self.config.train.batch_size is not None, "a plan's batch is settled"
         return self.config.train.batch_size
+
+    @property
+    def pools(self) -> Pools:
+        """The precache's workers."""
+        return settle_pools(self.config.precache, self.world)
 
     @property
     def checkpoints_uri(self) -> str:
@@ -94,6 +100,7 @@ def make_plan(config: RunConfig, facts: ClusterFacts, pretrained_identity: str) 
         ConfigError: where degrees, world size and batch do not fit together.
     """
     world = make_world(config, facts)
+    settle_pools(config.precache, world)  # refuses what the cluster cannot hold
     config = _with_batch(_with_absolute_sources(config), world.data_parallel)
     assert config.train.batch_size is not None
     if config.train.batch_size % world.data_parallel:

@@ -26,6 +26,7 @@ from k5dist.retry import StorageUnavailable, one_line, patiently
 from k5dist.schema import ConfigError
 
 PACKAGE_SCHEME = "package://"
+READ_AHEAD = 2 * 2**20  # bytes of an open remote file; the libraries' own are up to 50 MiB a seek
 # Stores other than Amazon's answer a range request with the whole object's checksum, or none: botocore's newer default
 # would refuse every such read. What a user sets stays.
 os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
@@ -100,11 +101,13 @@ def read_text(uri: str) -> str:
 
 
 def open_read(uri: str) -> IO[bytes]:
-    """The file, opened; the reads of a remote one are repeated like every other verb."""
+    """The file, opened; the reads of a remote one are repeated like every other verb, and ask for READ_AHEAD at a time:
+    who needs a part of a long film transfers little more."""
     fs, path = filesystem(uri)
     if is_local(uri):
         return fs.open(path, "rb")
-    return cast(IO[bytes], _PatientFile(uri, patiently(uri, lambda: fs.open(path, "rb"), appears=True)))
+    opened = partial(fs.open, path, "rb", block_size=READ_AHEAD, cache_type="readahead")
+    return cast(IO[bytes], _PatientFile(uri, patiently(uri, opened, appears=True)))
 
 
 class _PatientFile(io.RawIOBase):

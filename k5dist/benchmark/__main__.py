@@ -30,6 +30,7 @@ STANDALONE = (
     "vae",
     "text",
     "scale",
+    "precache",
 )  # these configure no run
 COMMANDS = ("train", "load", *STANDALONE)
 

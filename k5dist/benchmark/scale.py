@@ -26,12 +26,15 @@ from rich.table import Table
 
 from k5dist.cache import layout
 from k5dist.cache.order import epoch_batches
+from k5dist.cache.rows import write_rows
 from k5dist.compose import compose, to_run_config
 from k5dist.console import console, say
+from k5dist.plan import ClusterFacts, RunPlan, make_plan
 
 BATCH = 64
 SHARD_ROWS = 64  # 512 MiB of clips of 121×768×1280, the fewest that a shard holds
 BUCKETS = ((121, 768, 1280), (121, 1280, 768), (121, 1024, 1024))
+ENCODING = layout.TextEncoding("{}", 0, 256)
 WORDS = ["a", "red", "fox", "runs", "through", "fresh", "snow", "while", "light", "falls", "between", "trees"]
 
 
@@ -93,6 +96,49 @@ def open_index(path: Path, rows: int) -> dict[str, Any]:
     return {"parts": -(-rows // SHARD_ROWS)}
 
 
+def write_run(folder: Path, rows: int) -> Path:
+    """A run's folder: its samples, where each lies and what it is called, as precache leaves them; no cache."""
+    random = np.random.Generator(np.random.Philox(0))
+    keys = sorted(random.bytes(16).hex() for _ in range(rows))
+    selected = layout.selection(keys, captions=[[caption(row)] for row in range(rows)])
+    layout.write_selection(str(folder / layout.SELECTION), selected)
+    size = 2 * 31 * 96 * 160 * 16
+    tensors = [{"name": name, "shape": [31, 96, 160, 16], "offset": 0, "length": size} for name in ("mean", "logvar")]
+    columns: dict[str, Any] = {
+        "shard": [f"{row // SHARD_ROWS:024x}" for row in range(rows)],
+        "offset": [2 * size * (row % SHARD_ROWS) for row in range(rows)],
+        "length": [2 * size] * rows,
+        "tensors": pa.array([tensors], layout.samples("").schema.field("tensors").type).take(pa.array([0] * rows)),
+    }
+    place = pa.table({"key": keys, **columns, "captions": selected.column("captions")})
+    for at, name in enumerate(("frames", "height", "width")):
+        place = place.append_column(name, pa.array([BUCKETS[row % 3][at] for row in range(rows)], pa.int32()))
+    stores = layout.samples(str(folder / "cache")), layout.captions(str(folder / "cache"), ENCODING)
+    write_rows(str(folder / layout.PLACES), layout.noted(place, *stores))
+    write_rows(str(folder / layout.TEXTS), stores[1].schema.empty_table())
+    layout.write_header(str(folder / "cache"), _plan_of(folder).cache_fingerprint, "scale")
+    return folder
+
+
+def open_run(path: Path, rows: int) -> dict[str, Any]:
+    """What a training worker does before its first clip, and the reading of a hundred clips' places."""
+    from k5dist.train.feed import Dataset
+
+    began = time.perf_counter()  # without the seconds that importing torch takes
+    dataset = Dataset.open(_plan_of(path), ENCODING)
+    opened = time.perf_counter() - began
+    assert len(dataset.keys) == rows
+    some = range(0, rows, max(1, rows // 100))
+    for row in some:
+        dataset.rows.row(row)
+    return {"opened_seconds": opened, "ms_a_place": 1e3 * (time.perf_counter() - began - opened) / len(some)}
+
+
+def _plan_of(folder: Path) -> RunPlan:
+    plan = make_plan(to_run_config(compose(["+flavour=t2v-tiny", "data.held_out=0"])), ClusterFacts(0), "scale")
+    return dataclasses.replace(plan, run_uri=str(folder), cache_uri=str(folder / "cache"))
+
+
 def order_epoch(_: Path, rows: int) -> dict[str, Any]:
     random = np.random.Generator(np.random.Philox(0))
     keys = [random.bytes(32).hex() for _ in range(rows)]
@@ -105,6 +151,7 @@ PARTS: dict[str, tuple[Callable[[Path, int], Path], Callable[[Path, int], dict[s
     "read .csv": (lambda folder, rows: write_manifest(folder, ".csv", rows), read_manifest),
     "read .parquet": (lambda folder, rows: write_manifest(folder, ".parquet", rows), read_manifest),
     "open the index": (write_index, open_index),
+    "open a run": (write_run, open_run),
     "order an epoch": (lambda folder, rows: folder, order_epoch),
 }
 

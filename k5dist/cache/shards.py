@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import uuid
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -112,6 +113,8 @@ class ShardStore:
         What a reader took from the index before may be gone when it asks for it: not for a cache in use.
         """
         removed = 0
+        if keys:  # before anything goes
+            storage.publish_bytes(storage.join(self.uri, "removed"), uuid.uuid4().hex.encode())
         for part in self._parts():
             table = read_parquet(storage.join(self.uri, "index", part))
             stays = [key not in keys for key in table.column("key").to_pylist()]
@@ -127,6 +130,12 @@ class ShardStore:
             for shard in shards:
                 storage.remove(self.shard_uri(shard))
         return removed
+
+    @property
+    def generation(self) -> str:
+        """Another one whenever records were taken out: what was noted of places before may be wrong."""
+        uri = storage.join(self.uri, "removed")
+        return storage.read_text(uri) if storage.exists(uri) else ""
 
     def _parts(self) -> list[str]:
         return [name for name in storage.list_folder(storage.join(self.uri, "index")) if name.endswith(".parquet")]
@@ -203,13 +212,9 @@ def _serialise(shard: str, records: Sequence[Record]) -> tuple[bytes, list[dict[
 
 def places(table: pa.Table) -> list[Place]:
     """The `Place` of every row of an index."""
-    rows = table.select(["shard", "offset", "length", "tensors"]).to_pylist()
-    return [
-        Place(
-            row["shard"],
-            row["offset"],
-            row["length"],
-            tuple((t["name"], tuple(t["shape"]), t["offset"], t["length"]) for t in row["tensors"]),
-        )
-        for row in rows
-    ]
+    return [place(row) for row in table.select(["shard", "offset", "length", "tensors"]).to_pylist()]
+
+
+def place(row: Mapping[str, Any]) -> Place:
+    tensors = tuple((t["name"], tuple(t["shape"]), t["offset"], t["length"]) for t in row["tensors"])
+    return Place(row["shard"], row["offset"], row["length"], tensors)

@@ -82,6 +82,7 @@ def run_stages(plan: RunPlan, tracked: TrackedRun, source: Listing) -> list[tupl
             done = precache(plan, source)
             show_table("Precache", done.rows())
             tracked.log_metrics(done.metrics(), step=0)
+            tracked.log_text(json.dumps(done.table(), indent=2), "precache.json")
             summary.append(("cache", plan.cache_uri))
             if done.failures:
                 summary.append(("failed clips", f"{len(done.failures)}, see failures.parquet in the cache"))

@@ -15,7 +15,11 @@ class PrecacheConfig:
     repair: bool
     vae_enable_patch_conv: bool
     vae_enable_tiling: bool
+    offload_during_startup: bool
     vae_workers: int | None
+    vae_gpus: float
+    text_workers: int | None
+    text_gpus: float
     decode_workers: int | None
     max_text_tokens: int
     prompt_template: str | None
@@ -25,6 +29,13 @@ class PrecacheConfig:
     def __post_init__(self) -> None:
         for name in ("shard_size_mib", "text_batch_size", "max_text_tokens"):
             positive(f"precache.{name}", getattr(self, name))
+        for name in ("vae_workers", "text_workers", "decode_workers"):
+            if getattr(self, name) is not None:
+                positive(f"precache.{name}", getattr(self, name))
+        for name in ("vae_gpus", "text_gpus"):
+            if not 0 < getattr(self, name) <= 1:
+                rule = "a worker's share of a GPU, 0 < share ≤ 1"
+                raise ConfigError(f"precache.{name}", getattr(self, name), rule, f"precache.{name}=1")
         if not 0 <= self.max_failure_ratio <= 1:
             fix = "precache.max_failure_ratio=0.1"
             raise ConfigError("precache.max_failure_ratio", self.max_failure_ratio, "a share, 0 ≤ share ≤ 1", fix)

@@ -115,10 +115,41 @@ def without_head(qwen: Any) -> Any:
     return qwen
 
 
-class TextEncoders:
-    """Qwen2.5-VL (token features) and CLIP (pooled), driven by the inference pipeline's own `encode_prompt`."""
+def pass_through(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """`model`, on the host, with every layer's weights on `device` while that layer computes, and no longer.
 
-    def __init__(self, pretrained: str, encoding: TextEncoding, device: str) -> None:
+    Host memory stays pageable: a copy of a layer waits for nothing but itself, and page-locking 15 GiB is what small
+    machines do not have. A batch costs one reading of all weights over the bus.
+    """
+
+    def enter(layer: Any, _: object) -> None:
+        layer.on_host = dict(layer._parameters), dict(layer._buffers)
+        for name, weight in layer.on_host[0].items():
+            if weight is not None:
+                layer._parameters[name] = torch.nn.Parameter(weight.to(device), requires_grad=False)
+        for name, buffer in layer.on_host[1].items():
+            layer._buffers[name] = None if buffer is None else buffer.to(device)
+
+    def leave(layer: Any, *_: object) -> None:
+        parameters, buffers = layer.on_host
+        layer._parameters.update(parameters)
+        layer._buffers.update(buffers)
+        del layer.on_host
+
+    for layer in model.modules():
+        if any(True for _ in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))):
+            layer.register_forward_pre_hook(enter)
+            layer.register_forward_hook(leave)
+    return model
+
+
+class TextEncoders:
+    """Qwen2.5-VL (token features) and CLIP (pooled), driven by the inference pipeline's own `encode_prompt`.
+
+    With `offload` their weights stay on the host and pass through the device layer by layer: equal features.
+    """
+
+    def __init__(self, pretrained: str, encoding: TextEncoding, device: str, *, offload: bool = False) -> None:
         from transformers import AutoTokenizer, CLIPTextModel, Qwen2_5_VLForConditionalGeneration
 
         self.device = torch.device(device)
@@ -129,9 +160,10 @@ class TextEncoders:
             return cls.from_pretrained(str(component_folder(pretrained, component)), local_files_only=True, **options)
 
         self.pipeline = _text_pipeline()
-        qwen = load(Qwen2_5_VLForConditionalGeneration, "text_encoder", dtype=dtype)
-        self.pipeline.text_encoder = without_head(qwen).to(self.device).eval()
-        self.pipeline.text_encoder_2 = load(CLIPTextModel, "text_encoder_2", dtype=dtype).to(self.device).eval()
+        qwen = without_head(load(Qwen2_5_VLForConditionalGeneration, "text_encoder", dtype=dtype)).eval()
+        clip = load(CLIPTextModel, "text_encoder_2", dtype=dtype).eval()
+        place = pass_through if offload and self.device.type == "cuda" else torch.nn.Module.to
+        self.pipeline.text_encoder, self.pipeline.text_encoder_2 = place(qwen, self.device), place(clip, self.device)
         self.pipeline.tokenizer = _TokenizerOnly(load(AutoTokenizer, "tokenizer", padding_side="right"))
         self.pipeline.tokenizer_2 = load(AutoTokenizer, "tokenizer_2")
         self.pipeline.prompt_template = encoding.template

@@ -22,13 +22,15 @@ from k5dist.console import progress_bar, say
 from k5dist.datasets import DatasetConfig
 from k5dist.estimate import sample_cache_bytes
 from k5dist.plan import RunPlan
+from k5dist.pools import Pool
 from k5dist.precache import stages, stream
 from k5dist.precache.attempts import Attempts
 from k5dist.precache.sources import Listing, read_datasets
-from k5dist.precache.summary import Failure, Summary, bucket_name, write_ledger
+from k5dist.precache.summary import Busy, Failure, Summary, bucket_name, write_ledger
 from k5dist.retry import StorageUnavailable
 
 _PROBES_PER_BLOCK = 64
+_BLOCK_BYTES, _ROWS_PER_BLOCK = 16 * 2**20, 64  # of decoded clips
 _PROBE_BLOCKS = 2048  # at most: each is an object of Ray's
 
 
@@ -75,7 +77,7 @@ def precache(plan: RunPlan, listing: Listing) -> Summary:
     """
     stream.prepare()
     layout.write_header(plan.cache_uri, plan.cache_fingerprint, plan.pretrained_identity)
-    summary = Summary()
+    summary = Summary(vae=Busy(plan.pools.vae.workers))
     for row in listing.rejected.to_pylist():
         summary.counts[row["dataset"], "", "seen"] += 1
         summary.fail(Failure(row["dataset"], row["uri"], 0.0, "manifest", row["reason"]))
@@ -89,7 +91,7 @@ def precache(plan: RunPlan, listing: Listing) -> Summary:
         raise
     _write_ledger(plan, listing, summary)
     _check_failures(plan.config, summary)
-    _select(plan, chosen)
+    _select(plan, chosen, encoding)
     return summary
 
 
@@ -108,9 +110,9 @@ def _installed_encoding(config: RunConfig) -> layout.TextEncoding:
     return text_encoding(precache.prompt_template, precache.prompt_template_start, precache.max_text_tokens)
 
 
-def _accelerator(plan: RunPlan) -> tuple[str, dict[str, Any]]:
-    """Device of the encoders and what an encoder actor asks Ray for."""
-    return ("cuda", {"num_gpus": 1, "num_cpus": 0}) if plan.world.device == "cuda" else ("cpu", {"num_cpus": 1})
+def _resources(pool: Pool) -> dict[str, Any]:
+    """What one worker of a pool asks Ray for."""
+    return {"num_gpus": pool.gpus, "num_cpus": 0} if pool.gpus else {"num_cpus": 1}
 
 
 def _encode_captions(plan: RunPlan, encoding: layout.TextEncoding, texts: list[str], summary: Summary) -> None:
@@ -126,14 +128,15 @@ def _encode_captions(plan: RunPlan, encoding: layout.TextEncoding, texts: list[s
         orders.finish(store, known)
         return
     todo = sum(key is not None for group in groups for key in group)
-    device, resources = _accelerator(plan)
+    device, pool = plan.world.device, plan.pools.text
     table, length = stream.grouped({key: {"key": key, **row} for key, row in rows.items()}, groups, multiple=batch)
     dataset = ray.data.from_arrow(stream.slices(table, batch)).map_batches(
         stages.TextStage,
         batch_size=batch,
-        fn_constructor_args=(plan.pretrained, device, encoding, Attempts()),
-        compute=ray.data.ActorPoolStrategy(size=1),
-        **resources,
+        fn_constructor_args=(plan.pretrained, device, encoding, Attempts(), config.offload_during_startup),
+        # No more workers than they have batches: each loads 15 GiB of weights.
+        compute=ray.data.ActorPoolStrategy(size=min(pool.workers, -(-table.num_rows // batch))),
+        **_resources(pool),
     )
     dataset = dataset.map_batches(
         partial(stages.write_captions, cache_uri=plan.cache_uri, encoding=encoding),
@@ -175,6 +178,10 @@ def _encode_clips(plan: RunPlan, listing: Listing, summary: Summary) -> pa.Table
             off = pc.max(table.column("tiling_error")).as_py()
             if off:
                 say(f"spatial tiles: latents are off by {off:.1%} (in the middle of a clip, relative)")
+            for began, ended in zip(
+                *(table.column(name).to_pylist() for name in ("vae_began", "vae_ended")), strict=True
+            ):
+                summary.vae.add(began, ended)
             for done in table.to_pylist():  # one file under two names is decoded once, and fails under both
                 twins = _take(good, by_key[done["key"]]).to_pylist()
                 if done["error"]:
@@ -260,15 +267,14 @@ def _probe(plan: RunPlan, listing: Listing) -> pa.Table:
 
 def _clip_dataset(plan: RunPlan, todo: dict[str, dict[str, Any]], groups: list[orders.Group]) -> ray.data.Dataset:
     config = plan.config
-    device, resources = _accelerator(plan)
-    workers = config.precache.vae_workers or (plan.world.size if device == "cuda" else 1)
+    device, pool = plan.world.device, plan.pools.vae
     first_frame, attempts = config.flavour.task == "i2v", Attempts()
-    table, length = stream.grouped(todo, groups)
-    # A decoded clip is large (hundreds of megabytes): one row a block keeps memory in hand.
-    dataset = ray.data.from_arrow(stream.slices(table, 1)).map(
+    rows = min(_rows_per_block(plan), max(map(len, groups)))
+    table, length = stream.grouped(todo, groups, multiple=rows)
+    dataset = ray.data.from_arrow(stream.slices(table, rows)).map(
         partial(stages.decode_row, attempts=attempts),
         num_cpus=1,
-        concurrency=config.precache.decode_workers,
+        concurrency=plan.pools.decode_tasks,
     )
     dataset = dataset.map(
         stages.VaeStage,  # type: ignore[arg-type]  (Ray Data's map takes classes, its annotation functions)
@@ -277,8 +283,8 @@ def _clip_dataset(plan: RunPlan, todo: dict[str, dict[str, Any]], groups: list[o
             "patch_conv": config.precache.vae_enable_patch_conv,
             "tiling": config.precache.vae_enable_tiling,
         },
-        compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
-        **resources,
+        compute=ray.data.ActorPoolStrategy(size=pool.workers, max_tasks_in_flight_per_actor=2),
+        **_resources(pool),
     )
     return dataset.map_batches(
         partial(stages.write_samples, cache_uri=plan.cache_uri, attempts=attempts),
@@ -286,6 +292,13 @@ def _clip_dataset(plan: RunPlan, todo: dict[str, dict[str, Any]], groups: list[o
         batch_size=length,
         num_cpus=0.25,
     )
+
+
+def _rows_per_block(plan: RunPlan) -> int:
+    """A decoded clip is large (up to hundreds of megabytes), and one a block keeps memory in hand; small ones share a
+    block, for each costs Ray as much as a small clip's work."""
+    pixels = max(bucket.frames * bucket.height * bucket.width for bucket in plan.buckets)
+    return max(1, min(_ROWS_PER_BLOCK, _BLOCK_BYTES // (3 * pixels)))
 
 
 def _sample_bytes(plan: RunPlan) -> int:
@@ -326,11 +339,17 @@ def _write_ledger(plan: RunPlan, listing: Listing, summary: Summary) -> None:
     write_ledger(plan.cache_uri, summary.failures, {uri for column in uris for uri in column})
 
 
-def _select(plan: RunPlan, chosen: pa.Table) -> None:
-    """Fix the run's samples: its batch order is a function of them, so a resumed run keeps the set it began with."""
-    uri = storage.join(plan.run_uri, layout.SELECTION)
+def _select(plan: RunPlan, chosen: pa.Table, encoding: layout.TextEncoding) -> None:
+    """Fix the run's samples: its batch order is a function of them, so a resumed run keeps the set it began with.
+
+    Where they lie is written anew each time: what was mended lies elsewhere.
+    """
+    uri, selected = storage.join(plan.run_uri, layout.SELECTION), chosen
     if storage.exists(uri):
-        if layout.read_selected(uri) != chosen:
+        selected = layout.read_selected(uri)
+        if selected != chosen:
             say("note: the data has changed since this run began; it keeps its clips (resume=never starts anew)")
-        return
-    layout.write_selection(uri, chosen)
+    else:
+        layout.write_selection(uri, chosen)
+    texts = layout.captions(plan.cache_uri, encoding)
+    layout.write_places(plan.run_uri, selected, layout.samples(plan.cache_uri), texts)

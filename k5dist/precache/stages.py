@@ -8,6 +8,7 @@ fault: StorageUnavailable goes up and ends the job.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -162,14 +163,21 @@ class VaeStage:
 
     def __call__(self, row: Rows) -> Rows:
         pixels, mask = row.pop("pixels"), row.pop("mask_grid", NO_MASK)
-        nothing: Rows = {"tensors": [], "shapes": [], "names": [], "tiling_error": 0.0}
-        return _guarded(
-            row, "vae", self.attempts, partial(self._encode, pixels=pixels, mask=mask, nothing=nothing), nothing
-        )
+        nothing: Rows = {
+            "tensors": [],
+            "shapes": [],
+            "names": [],
+            "tiling_error": 0.0,
+            "vae_began": 0.0,
+            "vae_ended": 0.0,
+        }
+        encode = partial(self._encode, pixels=pixels, mask=mask, nothing=nothing)
+        return _guarded(row, "vae", self.attempts, encode, nothing)
 
     def _encode(self, row: Rows, *, pixels: np.ndarray, mask: np.ndarray, nothing: Rows) -> Rows:
         import torch
 
+        began = time.time()
         try:
             error_of_tiles = self.vae.tiling_error(pixels) if self.compare else 0.0
             self.compare = False
@@ -183,6 +191,8 @@ class VaeStage:
         bits = {name: self.to_bits(tensor) for name, tensor in posterior.items()}
         return row | {
             "tiling_error": error_of_tiles,
+            "vae_began": began,
+            "vae_ended": time.time(),
             "names": list(bits),
             "tensors": [array.tobytes() for array in bits.values()],
             "shapes": [list(array.shape) for array in bits.values()],
@@ -193,11 +203,12 @@ class TextStage:
     """An actor with both text encoders: batches of captions → features as bf16 bits."""
 
     def __init__(
-        self, pretrained: str, device: str, encoding: layout.TextEncoding, attempts: Attempts | None = None
-    ) -> None:
+        self, pretrained: str, device: str, encoding: layout.TextEncoding, attempts: Attempts | None = None,
+        offload: bool = False,
+    ) -> None:  # fmt: skip
         from k5dist.model.encoders import TextEncoders, to_bits
 
-        self.encoders, self.to_bits = TextEncoders(pretrained, encoding, device), to_bits
+        self.encoders, self.to_bits = TextEncoders(pretrained, encoding, device, offload=offload), to_bits
         self.attempts = attempts
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -224,7 +235,7 @@ def write_samples(table: pa.Table, *, cache_uri: str, attempts: Attempts | None 
     table = one_group(table)
     with _bounded(attempts, "write", table.column("key").to_pylist(), "precache.shard_size_mib"):
         _write_samples(table, cache_uri)
-    return table.select(["key", "error", "stage", "tiling_error"])
+    return table.select(["key", "error", "stage", "tiling_error", "vae_began", "vae_ended"])
 
 
 def _write_samples(table: pa.Table, cache_uri: str) -> None:

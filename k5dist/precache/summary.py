@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import io
+import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -35,11 +36,37 @@ class Failure(NamedTuple):
 
 
 @dataclass
+class Busy:
+    """How much of its time a pool of encoders was at work: from the first beginning to the last end, in seconds."""
+
+    workers: int = 1
+    seconds: float = 0.0
+    first: float = math.inf
+    last: float = -math.inf
+
+    def add(self, began: float, ended: float) -> None:
+        """One piece of work, in seconds since the epoch; what never began has 0 for both."""
+        if ended > 0:
+            self.seconds += ended - began
+            self.first, self.last = min(self.first, began), max(self.last, ended)
+
+    @property
+    def span(self) -> float:
+        return max(0.0, self.last - self.first)
+
+    @property
+    def share(self) -> float:
+        """0 … 1; 0 where there was no work."""
+        return self.seconds / (self.workers * self.span) if self.span else 0.0
+
+
+@dataclass
 class Summary:
     """Counts by (dataset, bucket, what), with `what` one of WHATS; a clip cut into several samples is several."""
 
     counts: collections.Counter[tuple[str, str, str]] = field(default_factory=collections.Counter)
     captions_encoded: int = 0
+    vae: Busy = field(default_factory=Busy)
     failures: list[Failure] = field(default_factory=list)
 
     def count(self, what: str, row: dict[str, Any]) -> None:
@@ -69,6 +96,9 @@ class Summary:
         """The closing table: the total, then every dataset and its buckets, then the commonest reasons of failure."""
         told = (f"{self.total(what)} {what.replace('_', ' ')}" for what in ("seen", "encoded", "cached_before"))
         rows = [("clips", ", ".join(told)), ("captions", f"{self.captions_encoded} encoded")]
+        if self.vae.span:
+            told = f"{self.vae.workers} busy {self.vae.share:.0%} of {self.vae.span:.1f} s"
+            rows.append(("VAE workers", told))
         for dataset in self.datasets:
             rows.append((dataset, self._told(dataset, None)))
             shapes = sorted({shape for name, shape, _ in self.counts if name == dataset and shape != NO_BUCKET})
@@ -76,6 +106,14 @@ class Summary:
         rows.append(("failed", str(len(self.failures))))
         reasons = collections.Counter(f"{failure.stage}: {failure.reason}" for failure in self.failures)
         return rows + [("", f"{count} × {reason}") for reason, count in reasons.most_common(5)]
+
+    def table(self) -> list[dict[str, Any]]:
+        """The counts as rows, one a dataset and bucket (empty: of what failed before it had one)."""
+        places = sorted({(dataset, bucket) for dataset, bucket, _ in self.counts})
+        return [
+            {"dataset": dataset, "bucket": bucket, **{what: self.total(what, dataset, bucket) for what in WHATS}}
+            for dataset, bucket in places
+        ]
 
     def _told(self, dataset: str, bucket: str | None) -> str:
         found = ((what, self.total(what, dataset, bucket)) for what in WHATS)
@@ -85,8 +123,9 @@ class Summary:
         """Totals, and each dataset's as `precache/<dataset>/<what>`."""
         counts = {what: self.total(what) for what in WHATS[:3]}
         counts |= {"captions_encoded": self.captions_encoded, "failed": len(self.failures)}
+        shares = {"vae_busy": self.vae.share} if self.vae.span else {}
         counts |= {f"{dataset}/{what}": self.total(what, dataset) for dataset in self.datasets for what in WHATS}
-        return {f"precache/{name}": float(count) for name, count in counts.items()}
+        return {f"precache/{name}": float(value) for name, value in (counts | shares).items()}
 
 
 def bucket_name(row: dict[str, Any]) -> str:

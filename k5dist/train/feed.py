@@ -8,15 +8,17 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from torch import Tensor
 
 from k5dist import storage
 from k5dist.cache import layout
 from k5dist.cache.order import Batch, draw_caption, draw_key, epoch_batches, split_held_out
-from k5dist.cache.shards import Place, ShardStore, places
+from k5dist.cache.rows import Rows
+from k5dist.cache.shards import ShardStore, place, read_parquet
 from k5dist.config import ConfigError
 from k5dist.model.forward import Text
 from k5dist.plan import RunPlan
@@ -24,18 +26,17 @@ from k5dist.train.objective import Clip
 from k5dist.train.rollout import rollout_draw
 
 _READERS = 4
+_PLACE, _SHAPE = ["shard", "offset", "length", "tensors"], ["frames", "height", "width"]
 _KEPT_TEXTS = 128  # up to 1.8 MB each, page-locked where there is a GPU
 
 
 class TextStore:
-    """Encoded captions by text; the few that are in use are kept in memory."""
+    """Encoded captions by text; the few that are in use are kept in memory. `rows` says where they lie."""
 
-    def __init__(self, cache_uri: str, encoding: layout.TextEncoding, *, pin: bool) -> None:
+    def __init__(self, cache_uri: str, encoding: layout.TextEncoding, rows: Rows, *, pin: bool) -> None:
         self.pin = pin
         self.store = layout.captions(cache_uri, encoding)
-        table = self.store.index()
-        self.places = dict(zip(table.column("key").to_pylist(), places(table), strict=True))
-        self.lengths = dict(zip(table.column("key").to_pylist(), table.column("text_length").to_pylist(), strict=True))
+        self.rows = rows
         self._kept: dict[str, Text] = {}
 
     def get(self, caption: str) -> Text:
@@ -44,12 +45,13 @@ class TextStore:
         kept = self._kept.get(key)  # one look-up: other threads fill and empty it meanwhile
         if kept is not None:
             return kept
-        if key not in self.places:
+        row = self.rows.find(key)
+        if row is None:
             rule = (
                 f"the cache holds no text features of {caption[:60]!r} (encoding {self.store.uri.rsplit('/', 1)[-1]})"
             )
             raise ConfigError("stages", caption[:60], rule, "run with precache among the stages")
-        tensors = pinned(self.store.read(self.places[key]), self.pin)
+        tensors = pinned(self.store.read(place(row)), self.pin)
         text = Text(tensors["qwen"][None], tensors["clip"][None])
         self._kept[key] = text
         if len(self._kept) > _KEPT_TEXTS:
@@ -62,11 +64,10 @@ class Dataset:
     """The committed samples of a cache: split, order, reading."""
 
     store: ShardStore
-    places: list[Place]
+    rows: Rows  # where each lies, and its captions: read as they are asked for
     keys: list[str]
     buckets: list[tuple[int, int, int]]
     datasets: list[str]
-    captions: list[list[str]]
     repeats: list[int]
     probabilities: list[float | None]
     train_rows: list[int]
@@ -83,41 +84,46 @@ class Dataset:
         """
         cache_uri, held_out = plan.cache_uri, plan.config.data.held_out
         layout.check_header(cache_uri, plan.cache_fingerprint)
-        store = layout.samples(cache_uri)
-        table, selected = _selected(
-            store.index(["shard", "offset", "length", "tensors", "frames", "height", "width"]), plan
-        )
-        keys = table.column("key").to_pylist()
-        buckets = list(zip(*(table.column(name).to_pylist() for name in ("frames", "height", "width")), strict=True))
-        datasets = selected.column("dataset").to_pylist()
+        selected, shapes = _selected(plan, encoding)
+        keys = selected.column("key").to_pylist()
+        names = selected.column("dataset").combine_chunks().dictionary_encode()
+        buckets = _buckets(shapes)
+        datasets = _of(names.dictionary.to_pylist(), names.indices.to_numpy())
         train, kept = split_held_out(keys, held_out, list(zip(datasets, buckets, strict=True)))
         pin = plan.world.device == "cuda"
+        texts = Rows(storage.join(plan.run_uri, layout.TEXTS), _PLACE)
         return cls(
-            store=store,
-            places=places(table),
+            store=layout.samples(cache_uri),
+            rows=Rows(storage.join(plan.run_uri, layout.PLACES), [*_PLACE, "captions"]),
             keys=keys,
             buckets=buckets,
             datasets=datasets,
-            captions=selected.column("captions").to_pylist(),
             repeats=selected.column("repeats").to_pylist(),
             probabilities=selected.column("probability").to_pylist(),
             train_rows=train,
             held_out_rows=kept,
-            texts=TextStore(cache_uri, encoding, pin=pin),
+            texts=TextStore(cache_uri, encoding, texts, pin=pin),
             pin=pin,
         )
 
     def read(self, row: int) -> Clip:
         """A clip as validation sees it: with the first of its captions."""
-        return self._clip(row, self.keys[row], self.captions[row][0])
+        found = self._row(row)
+        return self._clip(found, self.keys[row], found["captions"][0])
 
     def read_drawn(self, row: int, copy: int, *, seed: int, epoch: int) -> Clip:
         """One of a clip's copies as training sees it in an epoch: with the caption that is drawn for it."""
-        key = draw_key(self.keys[row], copy)
-        return self._clip(row, key, draw_caption(self.captions[row], seed=seed, epoch=epoch, key=key))
+        found, key = self._row(row), draw_key(self.keys[row], copy)
+        return self._clip(found, key, draw_caption(found["captions"], seed=seed, epoch=epoch, key=key))
 
-    def _clip(self, row: int, key: str, caption: str) -> Clip:
-        tensors = pinned(self.store.read(self.places[row]), self.pin)
+    def _row(self, row: int) -> dict[str, Any]:
+        found = self.rows.row(row)
+        if found["key"] != self.keys[row]:
+            raise OSError(f"{self.rows.uri} was replaced while this worker reads it; start the run again")
+        return found
+
+    def _clip(self, row: dict[str, Any], key: str, caption: str) -> Clip:
+        tensors = pinned(self.store.read(place(row)), self.pin)
         return Clip(
             key,
             tensors["mean"],
@@ -162,19 +168,37 @@ def pinned(tensors: dict[str, Tensor], pin: bool) -> dict[str, Tensor]:
     return {name: tensor.pin_memory() for name, tensor in tensors.items()} if pin else tensors
 
 
-def _selected(table: pa.Table, plan: RunPlan) -> tuple[pa.Table, pa.Table]:
-    """The run's samples: their rows of the cache's index and of the run's own list, both sorted by key."""
-    uri = storage.join(plan.run_uri, layout.SELECTION)
-    if not storage.exists(uri):
-        rule = "the run has no list of its samples"
-        raise ConfigError("stages", list(plan.config.stages), rule, "run with precache among the stages")
-    selected = layout.read_selected(uri)
-    table = table.filter(pc.field("key").isin(selected.column("key")))
-    missing = selected.num_rows - table.num_rows
+def _selected(plan: RunPlan, encoding: layout.TextEncoding) -> tuple[pa.Table, pa.Table]:
+    """The run's samples without their captions, and their shapes in the same order, by key; no index is read."""
+    uri, places_uri = (storage.join(plan.run_uri, name) for name in (layout.SELECTION, layout.PLACES))
+    fix = "run with precache among the stages"
+    if not storage.exists(uri) or not storage.exists(places_uri):
+        raise ConfigError("stages", list(plan.config.stages), "the run has no list of its samples", fix)
+    selected = layout.read_selected(uri, captions=False)
+    shapes = read_parquet(places_uri, ["key", *_SHAPE])
+    stores = layout.samples(plan.cache_uri), layout.captions(plan.cache_uri, encoding)
+    if not layout.still_true(shapes, *stores):
+        rule = f"records were taken out of the cache since the run noted where its samples lie ({layout.PLACES})"
+        raise ConfigError("stages", list(plan.config.stages), rule, fix)
+    if shapes.column("key") != selected.column("key"):
+        rule = f"{layout.PLACES} names other samples than {layout.SELECTION}: an interrupted precache left it"
+        raise ConfigError("stages", list(plan.config.stages), rule, fix)
+    missing = shapes.column("frames").null_count
     if missing:
         rule = f"{missing} of the run's {selected.num_rows} samples are not in its cache {plan.cache_uri}"
-        raise ConfigError("stages", list(plan.config.stages), rule, "run with precache among the stages")
-    return table, selected
+        raise ConfigError("stages", list(plan.config.stages), rule, fix)
+    return selected, shapes
+
+
+def _buckets(shapes: pa.Table) -> list[tuple[int, int, int]]:
+    """One object a bucket, however many rows have it."""
+    columns = np.stack([shapes.column(name).to_numpy() for name in _SHAPE], 1)
+    distinct, rows = np.unique(columns, axis=0, return_inverse=True)
+    return _of([tuple(row) for row in distinct.tolist()], rows.reshape(-1))
+
+
+def _of(values: list[Any], indices: np.ndarray) -> list[Any]:
+    return [values[at] for at in indices.tolist()]
 
 
 @dataclass

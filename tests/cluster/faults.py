@@ -32,6 +32,7 @@ class FaultyProxy:
         self.away = False
         self.seen: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
+        self.sent: Counter[str] = Counter()  # bytes of bodies by method and path
         self._lock = threading.Lock()
         proxy = self
 
@@ -92,6 +93,8 @@ class FaultyProxy:
             data = response.read()
         finally:
             connection.close()
+        with self._lock:
+            self.sent[f"{handler.command} {handler.path}"] += len(data)
         headers = [(k, v) for k, v in response.getheaders() if k.lower() not in _HOP]
         length = int(response.getheader("Content-Length") or 0) if handler.command == "HEAD" else len(data)
         if fault == "cut" and data:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import fsspec
+import numpy as np
 import pytest
 from mlflow import MlflowClient
 
+from k5dist import storage
+from k5dist.cache.keys import content_digest
+from k5dist.precache.video import decode_clip, probe
 from tests.cluster import job as jobs
+from tests.cluster.faults import FaultyProxy
 from tests.cluster.job import SHORT
 from tests.cluster.s3 import BUCKET, SECRET, client, server
+from tests.numbered import write
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
@@ -65,3 +73,41 @@ def _texts(environment: dict[str, str], run: str) -> list[str]:
     return [
         s3.get_object(Bucket=BUCKET, Key=f"{run}/{n}")["Body"].read().decode() for n in ("plan.json", "config.yaml")
     ]
+
+
+def test_of_a_long_film_only_the_part_that_is_needed_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probe, content digest and five frames near the end of a file of 40 MB, by range requests."""
+    fsspec.filesystem("s3", skip_instance_cache=True).clear_instance_cache()
+    with server(tmp_path) as environment:
+        proxy = FaultyProxy(environment["AWS_ENDPOINT_URL"])
+        for name, value in (environment | {"AWS_ENDPOINT_URL": proxy.url}).items():
+            monkeypatch.setenv(name, value)
+        path = tmp_path / BUCKET / "film.mp4"
+        picture = np.random.default_rng(0).integers(0, 255, (256, 256, 3), np.uint8)
+        frames = [np.roll(picture, 8 * at, 0) for at in range(480)]
+        write(str(path), frames, codec="mpeg4", gop=12, options={"qmin": "1", "qmax": "2", "b:v": "40M"})
+        size = path.stat().st_size
+        assert size > 30e6
+        wanted: dict[str, Any] = {
+            "start": 18.0,
+            "end": None,
+            "num_frames": 5,
+            "frame_rate": 24,
+            "height": 64,
+            "width": 64,
+        }
+        try:
+            with storage.open_read(f"s3://{BUCKET}/film.mp4") as file:
+                assert probe(file).num_frames == 480  # type: ignore[arg-type]
+            probed = sum(proxy.sent.values())
+            with storage.open_read(f"s3://{BUCKET}/film.mp4") as file:
+                remote = decode_clip(file, **wanted)  # type: ignore[arg-type]
+            decoded = sum(proxy.sent.values()) - probed
+            content_digest(f"s3://{BUCKET}/film.mp4")
+            digested = sum(proxy.sent.values()) - probed - decoded
+        finally:
+            proxy.close()
+            fsspec.filesystem("s3", skip_instance_cache=True).clear_instance_cache()
+        assert np.array_equal(remote, decode_clip(str(path), **wanted))
+        assert max(probed, decoded) < 4 * storage.READ_AHEAD + 2e6, (probed, decoded, size)
+        assert digested < 6e6, digested

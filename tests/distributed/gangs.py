@@ -42,10 +42,10 @@ def make_run(
     keys = [_key(plan, i) for i in range(clips)]
     if not layout.samples(plan.cache_uri).keys().issuperset(keys):
         _write_cache(plan)
-    layout.write_selection(
-        storage.join(plan.run_uri, layout.SELECTION),
-        layout.selection(keys, captions=[[f"clip {i}"] for i in range(clips)]),
-    )
+    selected = layout.selection(keys, captions=[[f"clip {i}"] for i in range(clips)])
+    layout.write_selection(storage.join(plan.run_uri, layout.SELECTION), selected)
+    texts = layout.captions(plan.cache_uri, plan_encoding(plan))
+    layout.write_places(plan.run_uri, selected, layout.samples(plan.cache_uri), texts)
     return plan
 
 

@@ -14,7 +14,7 @@ from k5dist.config import ConfigError, RunConfig
 from k5dist.datasets import DatasetConfig
 from k5dist.plan import ClusterFacts, RunPlan, make_plan
 from k5dist.precache.cuts import Unfit, available_frames, cuts
-from k5dist.precache.summary import Failure, Summary
+from k5dist.precache.summary import Busy, Failure, Summary
 from k5dist.precache.video import VideoInfo
 from k5dist.shapes import Bucket, area_ladder, edge_ladder
 
@@ -230,3 +230,17 @@ def test_a_summary_counts_by_dataset_and_bucket() -> None:
     assert table["faces"] == "seen 3, encoded 0, cached before 0, too short 1, too long 1, broken 1"
     metrics = summary.metrics()
     assert (metrics["precache/seen"], metrics["precache/street/encoded"], metrics["precache/faces/broken"]) == (5, 1, 1)
+
+
+def test_the_vae_s_share_of_time_and_the_table_of_buckets() -> None:
+    summary = Summary(vae=Busy(workers=2))
+    for began, ended in ((10.0, 13.0), (11.0, 13.0), (0.0, 0.0), (13.0, 14.0)):  # the third was never encoded
+        summary.vae.add(began, ended)
+    assert (summary.vae.span, summary.vae.share) == (4.0, 0.75)
+    assert summary.metrics()["precache/vae_busy"] == 0.75
+    assert ("VAE workers", "2 busy 75% of 4.0 s") in summary.rows()
+    summary.count("seen", {"dataset": "a", "frames": 5, "height": 8, "width": 16})
+    assert [(row["dataset"], row["bucket"], row["seen"], row["encoded"]) for row in summary.table()] == [
+        ("a", "5×8×16", 1, 0)
+    ]
+    assert "precache/vae_busy" not in Summary().metrics()

@@ -11,7 +11,7 @@ from diffusers import (
     Kandinsky5T2VPipeline,
 )
 
-from k5dist.model.encoders import TextEncoders, VideoAutoencoder, text_encoding
+from k5dist.model.encoders import TextEncoders, VideoAutoencoder, pass_through, text_encoding
 from tests.unit.models import random, random_frames, relative
 
 CAPTIONS = ["a red car", "", "A dog's 2 tails\nwag.", "—日本 🙂", "Cyclists ride through a city street, in the rain"]
@@ -41,6 +41,26 @@ def test_texts_encoded_together_equal_the_pipelines_one_by_one(tiny_t2v: Path) -
     lengths = check_texts(tiny_t2v, CAPTIONS)
     assert lengths[1] == min(lengths), "the empty caption is the shortest"
     assert len(set(lengths)) > 2
+
+
+def test_weights_pass_through_the_device_layer_by_layer() -> None:
+    """On a machine without a GPU the device is one on which nothing can be computed: a layer is there, no other is."""
+    model = torch.nn.Sequential(torch.nn.Embedding(5, 3), torch.nn.Sequential(torch.nn.Linear(3, 2)))
+    pass_through(model, torch.device("meta"))
+    inner = model[1][0]  # type: ignore[index]
+    seen: list[tuple[str, str]] = []
+
+    def look(layer: torch.nn.Module, _: object) -> None:
+        seen.append((layer.weight.device.type, inner.weight.device.type))  # type: ignore[union-attr]
+
+    model[0].register_forward_pre_hook(look)
+    inner.register_forward_pre_hook(look)
+    kept = {name: weight.clone() for name, weight in model.named_parameters()}
+    with torch.no_grad():
+        assert model(torch.zeros(4, dtype=torch.long, device="meta")).shape == (4, 2)
+    assert seen == [("meta", "cpu"), ("meta", "meta")]
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, kept[name]), name
 
 
 def test_a_long_caption_is_cut(tiny_t2v: Path) -> None:

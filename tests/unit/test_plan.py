@@ -16,6 +16,7 @@ from k5dist.config import ConfigError, RunConfig
 from k5dist.estimate import Recompute
 from k5dist.launch import plan_run
 from k5dist.plan import ClusterFacts, RunPlan, estimates, make_plan
+from k5dist.pools import Pool
 from k5dist.shapes import Bucket
 
 PRO = "+flavour=t2v-pro-sft-10s-hd"
@@ -255,3 +256,22 @@ def test_the_average_and_the_negative_prompt_count_where_they_are_used() -> None
             assert fingerprints(uses, key)[1] != fingerprints(uses)[1]
     for same in ("ema.device=host", "ema.export=false"):
         assert fingerprints("ema.enabled=true", same) == fingerprints("ema.enabled=true")
+
+
+# The precache's pools
+
+
+LITE = "flavour=t2v-lite-sft-5s"
+
+
+def test_pools_come_from_the_cluster() -> None:
+    assert planned(LITE, "cluster.nodes=2").pools.vae == Pool(16, 1.0)
+    assert planned(LITE, "precache.vae_gpus=0.5", gpus=2).pools.vae == Pool(4, 0.5)
+    assert planned(LITE, "precache.vae_gpus=0.4", gpus=2).pools.vae == Pool(4, 0.4), "a share lies on one GPU"
+    assert planned(LITE, "precache.text_workers=1", gpus=2).pools.text == Pool(1, 1.0)
+
+
+def test_a_pool_that_no_gpu_has_room_for_is_refused() -> None:
+    error = refusal(LITE, "precache.vae_workers=3", gpus=2)
+    assert (error.key, error.fix) == ("precache.vae_workers", "precache.vae_workers=2")
+    assert refusal(LITE, "precache.text_gpus=0", gpus=2).rule == "a worker's share of a GPU, 0 < share ≤ 1"

@@ -32,6 +32,7 @@ class Counted:
         del self.begun[f"{stage} {row['key']}"]
 
 
+NOT_ENCODED = {"tiling_error": 0.0, "vae_began": 0.0, "vae_ended": 0.0}
 DATASETS: Any = {"main": None}  # asked for only once the clip is open
 ROW = {"uri": "s3://b/x.mp4", "start": 0.0, "end": -1.0, "key": "k", "caption": "a", "error": "", "stage": ""} | {
     "frames": 17,
@@ -82,7 +83,7 @@ def test_a_store_that_is_away_is_no_fault_of_a_clip(stage: str, monkeypatch: pyt
 def test_a_shard_that_kills_its_writer_names_the_setting(tmp_path: Path) -> None:
     attempts, table = (
         Counted(),
-        pa.Table.from_pylist([ROW | {"error": "broken", "stage": "decode", "tiling_error": 0.0}]),
+        pa.Table.from_pylist([ROW | {"error": "broken", "stage": "decode"} | NOT_ENCODED]),
     )
     stages.write_samples(table, cache_uri=str(tmp_path), attempts=attempts)  # type: ignore[arg-type]
     for _ in range(MAX_DEATHS):
