@@ -162,7 +162,11 @@ def _run_identity(config: RunConfig) -> dict[str, Any]:
     # These change how fast a step is, not what it computes (but for rounding).
     speed = ("activation_checkpointing", "offload_gib", "compile", "attention")
     train = {key: value for key, value in everything["train"].items() if key not in speed}
-    return {key: everything[key] for key in keys} | {
+    # What is off is not in it: a run keeps its fingerprint when a release brings another method.
+    routes = config.tread.resolve(config.model.num_visual_blocks)
+    methods = {"tread": [dataclasses.astuple(route) for route in routes]} if routes else {}
+    identity = {key: everything[key] for key in keys} | methods
+    return identity | {
         "train": train,
         "datasets": [_dataset_identity(config, dataset) for dataset in config.datasets],
         "held_out": config.data.held_out,
@@ -206,7 +210,7 @@ def estimates(plan: RunPlan) -> Estimates:
     config, world = plan.config, plan.world
     model, bucket = config.model, memory.largest(plan.buckets)
     density = estimate.ASSUMED_NABLA_DENSITY if model.is_sparse else 1.0
-    flops = estimate.forward_flops(model, bucket.tokens, density).training(config.adapter) * plan.batch_size
+    flops = estimate.clip_flops(config, bucket.token_shape, density).training(config.adapter) * plan.batch_size
     gpu, rate, gpu_bytes = estimate.gpu_facts(world.gpu_name)
     needed = memory.predict(config, world, bucket, plan.recompute)
     notes = [f"time: {estimate.ASSUMED_MFU:.0%} of the GPU's bf16 rate"] if world.device == "cuda" else []

@@ -27,8 +27,8 @@ from k5dist.benchmark.density import measured_density
 from k5dist.benchmark.load import time_loading
 from k5dist.benchmark.settings import Benchmark
 from k5dist.benchmark.shares import device_work, longest_kernels, operator_shares, shares_of
-from k5dist.config import RunConfig
-from k5dist.estimate import GIB, forward_flops, gpu_facts
+from k5dist.config import RunConfig, TreadConfig
+from k5dist.estimate import GIB, clip_flops, gpu_facts
 from k5dist.model.dit import VideoTransformer
 from k5dist.model.forward import Text
 from k5dist.model.transformer import adapt, allocate
@@ -57,7 +57,7 @@ def measure(benchmark: Benchmark, device: torch.device) -> dict[str, Any]:
     plan, settings = benchmark.plan, benchmark.settings
     config = plan.config
     transformer = build(benchmark, device)
-    objective = make_objective(config, device)
+    objective = make_objective(config, device, ours=benchmark.loop == "k5dist")
     work = TrainStep(plan, transformer, make_optimiser(transformer, config.optimizer, device), objective, None)
     clip = make_clip(benchmark)
     losses, seconds = [], []
@@ -119,8 +119,8 @@ def randomise(transformer: nn.Module, device: torch.device) -> None:
             fill_shard(parameter, lambda first, count, whole=whole: whole[first : first + count])
 
 
-def make_objective(config: RunConfig, device: torch.device) -> Objective:
-    """The checkpoint is not asked: its shift and scaling factor change no time."""
+def make_objective(config: RunConfig, device: torch.device, *, ours: bool = True) -> Objective:
+    """The checkpoint is not asked: its shift and scaling factor change no time. The stock model has no routes."""
     return Objective(
         model=config.model,
         train=config.train,
@@ -130,6 +130,7 @@ def make_objective(config: RunConfig, device: torch.device) -> Objective:
         draw=True,
         device=device,
         dtype=compute_dtype(config.train),
+        routes=config.tread.resolve(config.model.num_visual_blocks) if ours else (),
     )
 
 
@@ -191,7 +192,9 @@ def profile_step(
 def speed(benchmark: Benchmark, seconds: float, density: float, device: torch.device) -> dict[str, Any]:
     """Tokens and model FLOPs a GPU and second. FLOPs count kept blocks only, and no recomputation."""
     plan, bucket = benchmark.plan, benchmark.bucket
-    flops = forward_flops(plan.config.model, bucket.tokens, density, benchmark.settings.text_tokens)
+    if benchmark.loop != "k5dist":
+        plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, tread=TreadConfig(())))
+    flops = clip_flops(plan.config, bucket.token_shape, density, benchmark.settings.text_tokens)
     each = flops.training(plan.config.adapter) / plan.world.context
     figures = {
         "median_step_seconds": seconds,

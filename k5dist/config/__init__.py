@@ -9,6 +9,7 @@ from k5dist.config.model import FlavourConfig, LoraConfig, ModelConfig
 from k5dist.config.precache import PrecacheConfig
 from k5dist.config.run import STAGES, RunConfig
 from k5dist.config.train import CHECKPOINTING, OptimizerConfig, TrainConfig
+from k5dist.config.tread import Route, RouteConfig, TreadConfig
 from k5dist.config.validation import RECOMMENDED_GUIDANCE, CheckpointConfig, ValidationConfig
 from k5dist.schema import ConfigError, nearest
 from k5dist.shapes import NABLA_BLOCK, PATCH, VAE_SPACE_COMPRESSION, VAE_TIME_COMPRESSION
@@ -30,10 +31,13 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "PrecacheConfig",
+    "Route",
+    "RouteConfig",
     "RunConfig",
     "StorageConfig",
     "TrackingConfig",
     "TrainConfig",
+    "TreadConfig",
     "ValidationConfig",
     "nearest",
 ]

@@ -10,6 +10,7 @@ from k5dist.config.cluster import ClusterConfig, ParallelConfig, StorageConfig, 
 from k5dist.config.model import FlavourConfig, LoraConfig, ModelConfig
 from k5dist.config.precache import PrecacheConfig
 from k5dist.config.train import OptimizerConfig, TrainConfig
+from k5dist.config.tread import TreadConfig
 from k5dist.config.validation import CheckpointConfig, ValidationConfig
 from k5dist.datasets import DataConfig, DatasetConfig
 from k5dist.schema import ConfigError, build, one_of
@@ -34,6 +35,7 @@ class RunConfig:
     precache: PrecacheConfig
     train: TrainConfig
     optimizer: OptimizerConfig
+    tread: TreadConfig
     parallel: ParallelConfig
     cluster: ClusterConfig
     storage: StorageConfig
@@ -68,6 +70,7 @@ class RunConfig:
             self._check_nabla()
         for dataset in self.datasets:
             self._check_dataset(dataset)
+        self.tread.resolve(self.model.num_visual_blocks)
         if self.model.num_heads % self.parallel.context:
             heads = self.model.num_heads
             divisors = [d for d in range(1, heads + 1) if heads % d == 0]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from k5dist.config import NABLA_BLOCK, PATCH, VAE_SPACE_COMPRESSION, ModelConfig
 from k5dist.model.nabla import NablaParameters, pack_bits, sliding_tile_window
+from k5dist.model.tread import Routing
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ def predict_velocity(
     first_frame: bool,
     timestep_B: Tensor,
     text: Text,
+    routing: Routing | None = None,
 ) -> Tensor:
     """The model's velocity for noisy latents: [B, T, H, W, C], in the latents' dtype.
 
@@ -63,6 +65,7 @@ def predict_velocity(
         first_frame: image-to-video conditioning.
         timestep_B: 1000 σ, fp32.
         text: one caption, in the latents' dtype.
+        routing: TREAD's routes for this clip; in training alone.
     """
     batch, frames, height, width, _ = latents_BTHWC.shape
     device = latents_BTHWC.device
@@ -75,4 +78,5 @@ def predict_velocity(
     tokens = (frames, height // PATCH, width // PATCH)
     sparsity = nabla_parameters(model, tokens, device) if model.is_sparse else None
     pixels = (height * VAE_SPACE_COMPRESSION, width * VAE_SPACE_COMPRESSION)
-    return transformer(hidden, text.qwen_1LD, text.clip_1D, timestep_B, rope_scale_factor(*pixels), sparsity)
+    options = {} if routing is None else {"routing": routing}
+    return transformer(hidden, text.qwen_1LD, text.clip_1D, timestep_B, rope_scale_factor(*pixels), sparsity, **options)

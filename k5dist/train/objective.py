@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from k5dist.cache.keys import seed_of, unit_interval
-from k5dist.config import ModelConfig, TrainConfig
+from k5dist.config import PATCH, ModelConfig, Route, TrainConfig
 from k5dist.model.forward import Text, predict_velocity
+from k5dist.model.tread import Routing
 
 TRAIN_TIMESTEPS = 1000.0
 
@@ -35,8 +36,13 @@ class Clip:
     text: Text
 
     @property
+    def token_shape(self) -> tuple[int, int, int]:
+        frames, height, width = self.mean_THWC.shape[:3]
+        return frames, height // PATCH, width // PATCH
+
+    @property
     def tokens(self) -> int:
-        return math.prod(self.mean_THWC.shape[:3]) // 4
+        return math.prod(self.token_shape)
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class Objective:
     draw: bool
     device: torch.device
     dtype: torch.dtype
+    routes: tuple[Route, ...] = ()  # TREAD's, in training alone
 
     def sigma(self, uniform: float) -> float:
         """σ at a quantile: inverse normal CDF, sigmoid, shift."""
@@ -65,7 +72,8 @@ class Objective:
         """Mean squared error of one clip, fp32, scalar."""
         where = (self.train.seed, epoch, clip.key)
         sigma = self.sigma(unit_interval(*where, "sigma"))
-        return self._loss(transformer, clip, text, sigma, where, draw=self.draw)
+        routing = Routing(self.routes, seed_of(*where, "tread"), self.first_frame) if self.routes else None
+        return self._loss(transformer, clip, text, sigma, where, draw=self.draw, routing=routing)
 
     @torch.no_grad()
     def validation_loss(self, transformer: nn.Module, clip: Clip, text: Text, level: int, levels: int) -> Tensor:
@@ -74,8 +82,9 @@ class Objective:
         return self._loss(transformer, clip, text, self.sigma((level + 0.5) / levels), where, draw=False)
 
     def _loss(
-        self, transformer: nn.Module, clip: Clip, text: Text, sigma: float, where: tuple[object, ...], *, draw: bool
-    ) -> Tensor:
+        self, transformer: nn.Module, clip: Clip, text: Text, sigma: float, where: tuple[object, ...], *, draw: bool,
+        routing: Routing | None = None,
+    ) -> Tensor:  # fmt: skip
         clean = self._latents(clip.mean_THWC, clip.logvar_THWC, (*where, "posterior") if draw else None)
         noise = self._noise(clean.shape, (*where, "noise"))
         noisy = (1 - sigma) * clean + sigma * noise
@@ -86,7 +95,7 @@ class Objective:
         # Filled, not copied: a copy from the host's ordinary memory would wait for all that the device has to do.
         timestep = torch.full((1,), TRAIN_TIMESTEPS * sigma, device=self.device, dtype=torch.float32)
         velocity = predict_velocity(
-            transformer, self.model, noisy[None].to(self.dtype), self.first_frame, timestep, text
+            transformer, self.model, noisy[None].to(self.dtype), self.first_frame, timestep, text, routing
         )[0]
         error = velocity.float() - (noise - clean)
         return error[1 if self.first_frame else 0 :].square().mean()

@@ -138,6 +138,7 @@ def build_trainer(plan: RunPlan, device: torch.device) -> tuple[Trainer, Dataset
         draw=config.precache.latents == "sample",
         device=device,
         dtype=dtype,
+        routes=config.tread.resolve(config.model.num_visual_blocks),
     )
     # Saves run on a thread: their collectives must not meet those of the loop, so each has a group of its own.
     checkpoints = Checkpoints(
