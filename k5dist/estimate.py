@@ -11,7 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from k5dist.config import ModelConfig, RunConfig
+from k5dist.config import CrepaConfig, ModelConfig, RunConfig
+from k5dist.config.crepa import HEAD_DIM
 from k5dist.shapes import PATCH, Bucket
 
 MIB, GIB = 2**20, 2**30
@@ -137,7 +138,22 @@ def clip_flops(
 ) -> Flops:
     """One training forward of one clip of that shape in tokens, by the blocks that TREAD leaves it."""
     counts = config.tread.tokens_of_blocks(config.model, tokens_THW, first_frame=config.flavour.task == "i2v")
-    return forward_flops(config.model, math.prod(tokens_THW), density, text_tokens, counts)
+    flops = forward_flops(config.model, math.prod(tokens_THW), density, text_tokens, counts)
+    head = 2 * math.prod(tokens_THW) * crepa_parameters(config)  # trained whole: counted as the adapter's rule has it
+    return Flops(flops.linear + head, flops.attention)
+
+
+def crepa_parameters(config: RunConfig) -> int:
+    """Weights of CREPA's projection head."""
+    if not config.crepa.enabled:
+        return 0
+    width = config.crepa.feature_dim
+    return (config.model.model_dim + 1) * HEAD_DIM + (HEAD_DIM + 1) * HEAD_DIM + (HEAD_DIM + 1) * width
+
+
+def feature_cache_bytes(crepa: CrepaConfig, bucket: Bucket) -> int:
+    """bf16 bytes of one clip's features in the cache."""
+    return 2 * bucket.latent_shape[0] * math.prod(crepa.grid(bucket.height, bucket.width)) * crepa.feature_dim
 
 
 def sample_cache_bytes(model: ModelConfig, bucket: Bucket, *, first_frame: bool, text_tokens: int) -> int:

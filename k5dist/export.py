@@ -25,6 +25,7 @@ from k5dist.model.attention import Rope, attend, rotate
 from k5dist.model.forward import nabla_parameters
 from k5dist.model.pretrained import component_folder
 from k5dist.model.transformer import build_transformer
+from k5dist.model.weights import HEAD
 from k5dist.plan import RunPlan
 from k5dist.train.checkpoint import committed_steps, step_folder
 from k5dist.train.validate import probe_uri, read_tensors
@@ -103,7 +104,7 @@ def _model_tensors(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
     return {
         key.removeprefix(prefix): value
         for key, value in metadata.items()
-        if key.startswith(prefix) and isinstance(value, TensorStorageMetadata)
+        if key.startswith(prefix) and not key.startswith(prefix + HEAD) and isinstance(value, TensorStorageMetadata)
     }
 
 

@@ -43,7 +43,8 @@ def plan_run(config: RunConfig) -> RunPlan:
         facts = ClusterFacts(1, None, assumed=True)
     if not only_planning:
         pretrained.check(config)
-    plan = make_plan(config, facts, _identity(config, only_planning))
+    encoder = pretrained.encoder_identity(config) if config.crepa.enabled else None
+    plan = make_plan(config, facts, _identity(config, only_planning), encoder)
     fit.check(config, facts)
     if plan.tracking_uri:
         return plan

@@ -94,9 +94,10 @@ class Memory:
 
 
 def trainable_parameters(config: RunConfig) -> int:
+    head = estimate.crepa_parameters(config)
     if config.adapter == "full":
-        return estimate.parameters(config.model)
-    return estimate.lora_parameters(config.model, config.lora.rank, config.lora.targets)
+        return estimate.parameters(config.model) + head
+    return estimate.lora_parameters(config.model, config.lora.rank, config.lora.targets) + head
 
 
 def predict(config: RunConfig, world: World, bucket: Bucket, recompute: Recompute) -> Memory:

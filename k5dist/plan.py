@@ -22,7 +22,7 @@ from k5dist.memory import Memory
 from k5dist.shapes import Bucket
 from k5dist.world import ClusterFacts, World, make_world
 
-SCHEMA_VERSION = 3  # of plan.json
+SCHEMA_VERSION = 4  # of plan.json
 ENCODING_VERSION = 2  # raise when equal settings give another cache
 DEFAULT_BATCH = 8
 
@@ -40,6 +40,7 @@ class RunPlan:
     pretrained_identity: str
     cache_fingerprint: str
     run_fingerprint: str
+    features_id: str  # names what encodes CREPA's features, and how; empty where it is off
     cache_uri: str
     run_uri: str
     tracking_uri: str
@@ -84,11 +85,13 @@ class RunPlan:
         return cls(**body)
 
 
-def make_plan(config: RunConfig, facts: ClusterFacts, pretrained_identity: str) -> RunPlan:
+def make_plan(
+    config: RunConfig, facts: ClusterFacts, pretrained_identity: str, encoder_identity: str | None = None
+) -> RunPlan:
     """Derive the plan.
 
     `pretrained_identity` stands for the checkpoint's content: a hub id, a digest, or the generator's
-    version.
+    version. `encoder_identity` does so for CREPA's vision encoder; its name where it is not given.
 
     Raises:
         ConfigError: where degrees, world size and batch do not fit together.
@@ -103,7 +106,8 @@ def make_plan(config: RunConfig, facts: ClusterFacts, pretrained_identity: str) 
         raise ConfigError("train.batch_size", config.train.batch_size, rule, f"train.batch_size={near}")
     buckets = tuple(dict.fromkeys(b for dataset in config.datasets for b in dataset.buckets(config.side_unit)))
     cache_fingerprint = _fingerprint(_cache_identity(config, pretrained_identity))
-    run_fingerprint = _fingerprint({"cache": cache_fingerprint, **_run_identity(config)})
+    features_id = _features_id(config, encoder_identity or config.crepa.encoder)
+    run_fingerprint = _fingerprint({"cache": cache_fingerprint, **_run_identity(config, features_id)})
     root = storage.normalise(config.storage.root)
     name = config.name or f"{config.flavour.name}-{run_fingerprint}"
     return RunPlan(
@@ -116,6 +120,7 @@ def make_plan(config: RunConfig, facts: ClusterFacts, pretrained_identity: str) 
         pretrained_identity=pretrained_identity,
         cache_fingerprint=cache_fingerprint,
         run_fingerprint=run_fingerprint,
+        features_id=features_id,
         cache_uri=storage.join(root, "cache", cache_fingerprint),
         run_uri=storage.join(root, "runs", name),
         tracking_uri=config.tracking.uri or "",
@@ -156,7 +161,14 @@ def _cache_identity(config: RunConfig, pretrained_identity: str) -> dict[str, An
     }
 
 
-def _run_identity(config: RunConfig) -> dict[str, Any]:
+def _features_id(config: RunConfig, encoder_identity: str) -> str:
+    """Which store of the cache holds CREPA's features: another encoder, size or choice of frames has another."""
+    if not config.crepa.enabled:
+        return ""
+    return _fingerprint({"schema": 1, "encoder": encoder_identity, "size": config.crepa.encoder_size})
+
+
+def _run_identity(config: RunConfig, features_id: str) -> dict[str, Any]:
     everything = config.to_mapping()
     keys = ("model", "adapter", "lora", "train", "optimizer")
     # These change how fast a step is, not what it computes (but for rounding).
@@ -164,7 +176,10 @@ def _run_identity(config: RunConfig) -> dict[str, Any]:
     train = {key: value for key, value in everything["train"].items() if key not in speed}
     # What is off is not in it: a run keeps its fingerprint when a release brings another method.
     routes = config.tread.resolve(config.model.num_visual_blocks)
-    methods = {"tread": [dataclasses.astuple(route) for route in routes]} if routes else {}
+    methods: dict[str, Any] = {"tread": [dataclasses.astuple(route) for route in routes]} if routes else {}
+    if config.crepa.enabled:
+        numbers = {key: value for key, value in everything["crepa"].items() if key != "encoder"}
+        methods["crepa"] = {**numbers, "features": features_id}
     identity = {key: everything[key] for key in keys} | methods
     return identity | {
         "train": train,
@@ -220,6 +235,8 @@ def estimates(plan: RunPlan) -> Estimates:
     cache = estimate.sample_cache_bytes(
         model, bucket, first_frame=config.flavour.task == "i2v", text_tokens=config.precache.max_text_tokens
     )
+    if config.crepa.enabled:
+        cache += estimate.feature_cache_bytes(config.crepa, bucket)
     return Estimates(
         parameters=estimate.parameters(model),
         trainable=memory.trainable_parameters(config),

@@ -31,7 +31,7 @@ from k5dist.config import RunConfig, TreadConfig
 from k5dist.estimate import GIB, clip_flops, gpu_facts
 from k5dist.model.dit import VideoTransformer
 from k5dist.model.forward import Text
-from k5dist.model.transformer import adapt, allocate
+from k5dist.model.transformer import adapt, add_head, allocate
 from k5dist.model.weights import fill_shard, is_adapter
 from k5dist.train.feed import Step, pinned
 from k5dist.train.objective import Clip, Objective
@@ -95,7 +95,9 @@ def build(benchmark: Benchmark, device: torch.device) -> nn.Module:
         lora = config.lora if config.adapter == "lora" else None
         with torch.device("meta"):
             transformer = VideoTransformer(config.model)
-        adapt(transformer, lora, dtype, trained_dtype(config.optimizer))
+        trained = trained_dtype(config.optimizer)
+        adapt(transformer, lora, dtype, trained)
+        add_head(transformer, config.model, config.crepa, config.crepa.feature_dim, trained)
         parallelise(transformer, mesh, config.train, plan.recompute)
     allocate(transformer, device)
     randomise(transformer, device)
@@ -130,6 +132,7 @@ def make_objective(config: RunConfig, device: torch.device, *, ours: bool = True
         draw=True,
         device=device,
         dtype=compute_dtype(config.train),
+        crepa_weight=config.crepa.weight if config.crepa.enabled and ours else 0.0,
         routes=config.tread.resolve(config.model.num_visual_blocks) if ours else (),
     )
 
@@ -147,10 +150,13 @@ def make_clip(benchmark: Benchmark) -> Clip:
     length = benchmark.settings.text_tokens
     tensors = {"qwen": noise(1, length, config.model.in_text_dim), "clip": noise(1, config.model.in_text_dim2)}
     tensors |= {"mean": noise(*shape), "logvar": noise(*shape) - 4}
+    if config.crepa.enabled:
+        grid = config.crepa.grid(benchmark.bucket.height, benchmark.bucket.width)
+        tensors["features"] = noise(shape[0], *grid, config.crepa.feature_dim)
     tensors = pinned(tensors, benchmark.plan.world.device == "cuda")
     text, mean, logvar = Text(tensors["qwen"], tensors["clip"]), tensors["mean"], tensors["logvar"]
     first = (mean[:1], logvar[:1]) if config.flavour.task == "i2v" else (None, None)
-    return Clip(f"clip-{group}", mean, logvar, *first, text)
+    return Clip(f"clip-{group}", mean, logvar, *first, text, tensors.get("features"))
 
 
 def make_step(clip: Clip, num_real: int, number: int) -> Step:

@@ -5,6 +5,7 @@ the keys stand in one place, `conf/`; this package holds none, so a key that is 
 """
 
 from k5dist.config.cluster import ClusterConfig, ParallelConfig, StorageConfig, TrackingConfig
+from k5dist.config.crepa import CrepaConfig
 from k5dist.config.model import FlavourConfig, LoraConfig, ModelConfig
 from k5dist.config.precache import PrecacheConfig
 from k5dist.config.run import STAGES, RunConfig
@@ -25,6 +26,7 @@ __all__ = [
     "CheckpointConfig",
     "ClusterConfig",
     "ConfigError",
+    "CrepaConfig",
     "FlavourConfig",
     "LoraConfig",
     "ModelConfig",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from k5dist.config.cluster import ClusterConfig, ParallelConfig, StorageConfig, TrackingConfig
+from k5dist.config.crepa import CrepaConfig
 from k5dist.config.model import FlavourConfig, LoraConfig, ModelConfig
 from k5dist.config.precache import PrecacheConfig
 from k5dist.config.train import OptimizerConfig, TrainConfig
@@ -36,6 +37,7 @@ class RunConfig:
     train: TrainConfig
     optimizer: OptimizerConfig
     tread: TreadConfig
+    crepa: CrepaConfig
     parallel: ParallelConfig
     cluster: ClusterConfig
     storage: StorageConfig
@@ -70,7 +72,8 @@ class RunConfig:
             self._check_nabla()
         for dataset in self.datasets:
             self._check_dataset(dataset)
-        self.tread.resolve(self.model.num_visual_blocks)
+        blocks = self.model.num_visual_blocks
+        self.crepa.check(blocks, self.tread.resolve(blocks))
         if self.model.num_heads % self.parallel.context:
             heads = self.model.num_heads
             divisors = [d for d in range(1, heads + 1) if heads % d == 0]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from k5dist.config import PATCH, ModelConfig
 from k5dist.model.attention import FLASH, Attention, Rope
 from k5dist.model.context import ContextGroup
+from k5dist.model.crepa import CrepaHead
 from k5dist.model.nabla import NablaParameters
 from k5dist.model.recompute import run_block
 from k5dist.model.tokens import flatten, unflatten, unpatchify
@@ -261,6 +262,7 @@ class VideoTransformer(nn.Module):
         self.text_transformer_blocks = nn.ModuleList(TextBlock(model) for _ in range(model.num_text_blocks))
         self.visual_transformer_blocks = nn.ModuleList(VisualBlock(model) for _ in range(model.num_visual_blocks))
         self.out_layer = OutLayer(model)
+        self.crepa_head: CrepaHead | None = None
 
     def share_tokens(self, context: ContextGroup) -> None:
         """Visual tokens are split over the group from here on (Ulysses); every rank gets the whole velocity."""
@@ -279,7 +281,8 @@ class VideoTransformer(nn.Module):
         scale_factor: tuple[float, float, float],
         sparsity: NablaParameters | None,
         routing: Routing | None = None,
-    ) -> Tensor:
+        features_ThwD: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Velocity [B, T, H, W, out_visual_dim] of the noisy latents, whose last dimension is all input channels.
 
         Args:
@@ -287,6 +290,7 @@ class VideoTransformer(nn.Module):
             scale_factor: RoPE's divisors along (T, H, W).
             sparsity: NABLA's parameters for this clip's shape; dense attention without.
             routing: TREAD's routes for this clip, in training.
+            features_ThwD: CREPA's, in training: its alignment (`CrepaHead`) is returned beside the velocity.
         """
         text = self.text_embeddings(text_BLC)
         time = self.time_embeddings(timestep_B) + self.pooled_text_embeddings(pooled_BC)
@@ -303,6 +307,7 @@ class VideoTransformer(nn.Module):
             x, own = self.context.own_tokens(x), self.context.own_tokens(angles)
         num_tokens, frame_tokens, sparse = math.prod(tokens_THW), math.prod(tokens_THW[1:]), sparsity is not None
         visual = Visual(x, Rope(own[0].cos(), own[0].sin()), sparsity, num_tokens)
+        alignment: Tensor | None = None
         router = routing and Router(routing, angles[0], frame_tokens, sparse=sparse, context=self.context)
         for number, block in enumerate(self.visual_transformer_blocks):
             assert isinstance(block, VisualBlock)
@@ -311,8 +316,14 @@ class VideoTransformer(nn.Module):
             x = block(x, text, block.visual_modulation(time), rope, kept_sparsity, kept_tokens)
             visual = visual._replace(x_BsM=x)
             visual = visual if router is None else router.leave(number, visual)
+            if features_ThwD is not None and self.crepa_head is not None and number == self.crepa_head.block_index:
+                alignment = self.crepa_head(visual.x_BsM, features_ThwD, tuple(tokens_THW), sparse, self.context)
         x = visual.x_BsM
         patches = self.out_layer(x, time)
         if self.context is not None:
             patches = self.context.gather_tokens(patches, num_tokens)
-        return unpatchify(unflatten(patches, tokens_THW, sparsity is not None))
+        velocity = unpatchify(unflatten(patches, tokens_THW, sparse))
+        if features_ThwD is None:
+            return velocity
+        assert alignment is not None, "features belong to a model with a projection head"
+        return velocity, alignment

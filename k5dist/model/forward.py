@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,22 @@ def nabla_parameters(model: ModelConfig, tokens_THW: tuple[int, int, int], devic
     return NablaParameters(probability, pack_bits(sliding_tile_window(blocks, (wt, wh, ww), device)))
 
 
+def predict(
+    transformer: nn.Module,
+    model: ModelConfig,
+    latents_BTHWC: Tensor,
+    first_frame: bool,
+    timestep_B: Tensor,
+    text: Text,
+    routing: Routing | None = None,
+    features_ThwD: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`predict_velocity`, and where CREPA's features of the clip are given, their alignment (fp32, 0-dim)."""
+    options = {"routing": routing, "features_ThwD": features_ThwD}
+    out = _run(transformer, model, latents_BTHWC, first_frame, timestep_B, text, options)
+    return (out, None) if features_ThwD is None else out
+
+
 def predict_velocity(
     transformer: nn.Module,
     model: ModelConfig,
@@ -67,6 +84,18 @@ def predict_velocity(
         text: one caption, in the latents' dtype.
         routing: TREAD's routes for this clip; in training alone.
     """
+    return _run(transformer, model, latents_BTHWC, first_frame, timestep_B, text, {"routing": routing})
+
+
+def _run(
+    transformer: nn.Module,
+    model: ModelConfig,
+    latents_BTHWC: Tensor,
+    first_frame: bool,
+    timestep_B: Tensor,
+    text: Text,
+    options: dict[str, Any],
+) -> Any:
     batch, frames, height, width, _ = latents_BTHWC.shape
     device = latents_BTHWC.device
     hidden = latents_BTHWC
@@ -78,5 +107,5 @@ def predict_velocity(
     tokens = (frames, height // PATCH, width // PATCH)
     sparsity = nabla_parameters(model, tokens, device) if model.is_sparse else None
     pixels = (height * VAE_SPACE_COMPRESSION, width * VAE_SPACE_COMPRESSION)
-    options = {} if routing is None else {"routing": routing}
+    options = {name: value for name, value in options.items() if value is not None}
     return transformer(hidden, text.qwen_1LD, text.clip_1D, timestep_B, rope_scale_factor(*pixels), sparsity, **options)

@@ -71,6 +71,8 @@ class Dataset:
     train_rows: list[int]
     held_out_rows: list[int]
     texts: TextStore
+    features: dict[str, Place] | None  # CREPA's, by key; None where it is off
+    feature_store: ShardStore
     pin: bool  # tensors in page-locked memory, from where a GPU takes them while it computes
 
     @classmethod
@@ -101,8 +103,15 @@ class Dataset:
             train_rows=train,
             held_out_rows=kept,
             texts=TextStore(cache_uri, encoding, pin=pin),
+            features=_features(plan, keys),
+            feature_store=layout.features(cache_uri, plan.features_id or "none"),
             pin=pin,
         )
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of CREPA's features; 0 where it is off."""
+        return next(iter(self.features.values())).tensors[0][1][-1] if self.features else 0
 
     def read(self, row: int) -> Clip:
         """A clip as validation sees it: with the first of its captions."""
@@ -111,7 +120,11 @@ class Dataset:
     def read_drawn(self, row: int, copy: int, *, seed: int, epoch: int) -> Clip:
         """One of a clip's copies as training sees it in an epoch: with the caption that is drawn for it."""
         key = draw_key(self.keys[row], copy)
-        return self._clip(row, key, draw_caption(self.captions[row], seed=seed, epoch=epoch, key=key))
+        clip = self._clip(row, key, draw_caption(self.captions[row], seed=seed, epoch=epoch, key=key))
+        if self.features is None:
+            return clip
+        features = pinned(self.feature_store.read(self.features[self.keys[row]]), self.pin)
+        return dataclasses.replace(clip, features_ThwD=features["features"])
 
     def _clip(self, row: int, key: str, caption: str) -> Clip:
         tensors = pinned(self.store.read(self.places[row]), self.pin)
@@ -171,6 +184,21 @@ def _selected(table: pa.Table, plan: RunPlan) -> tuple[pa.Table, pa.Table]:
         rule = f"{missing} of the run's {selected.num_rows} samples are not in its cache {plan.cache_uri}"
         raise ConfigError("stages", list(plan.config.stages), rule, "run with precache among the stages")
     return table, selected
+
+
+def _features(plan: RunPlan, keys: Sequence[str]) -> dict[str, Place] | None:
+    """Where CREPA's features of the run's samples are; raises ConfigError where some have none of its encoder."""
+    if not plan.features_id:
+        return None
+    table = layout.features(plan.cache_uri, plan.features_id).index()
+    found = dict(zip(table.column("key").to_pylist(), places(table), strict=True))
+    missing = sum(key not in found for key in keys)
+    if missing:
+        encoder = f"{plan.config.crepa.encoder} at {plan.config.crepa.encoder_size}"
+        rule = f"{missing} of the run's {len(keys)} samples have no features of {encoder} in the cache"
+        fix = "run with precache among the stages: it adds features alone; or crepa.enabled=false"
+        raise ConfigError("crepa.enabled", True, rule, fix)
+    return {key: found[key] for key in keys}
 
 
 @dataclass

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from k5dist.cache.keys import seed_of, unit_interval
 from k5dist.config import PATCH, ModelConfig, Route, TrainConfig
-from k5dist.model.forward import Text, predict_velocity
+from k5dist.model.forward import Text, predict
 from k5dist.model.tread import Routing
 
 TRAIN_TIMESTEPS = 1000.0
@@ -34,6 +34,7 @@ class Clip:
     first_mean_1HWC: Tensor | None
     first_logvar_1HWC: Tensor | None
     text: Text
+    features_ThwD: Tensor | None = None  # CREPA's, bf16
 
     @property
     def token_shape(self) -> tuple[int, int, int]:
@@ -58,6 +59,7 @@ class Objective:
     device: torch.device
     dtype: torch.dtype
     routes: tuple[Route, ...] = ()  # TREAD's, in training alone
+    crepa_weight: float = 0.0  # of the alignment with a clip's features, in training alone
 
     def sigma(self, uniform: float) -> float:
         """σ at a quantile: inverse normal CDF, sigmoid, shift."""
@@ -69,11 +71,11 @@ class Objective:
         return unit_interval(self.train.seed, epoch, key, "caption") < self.train.caption_dropout
 
     def training_loss(self, transformer: nn.Module, clip: Clip, text: Text, epoch: int) -> Tensor:
-        """Mean squared error of one clip, fp32, scalar."""
+        """Mean squared error of one clip, with CREPA's alignment where it is on, fp32, scalar."""
         where = (self.train.seed, epoch, clip.key)
         sigma = self.sigma(unit_interval(*where, "sigma"))
         routing = Routing(self.routes, seed_of(*where, "tread"), self.first_frame) if self.routes else None
-        return self._loss(transformer, clip, text, sigma, where, draw=self.draw, routing=routing)
+        return self._loss(transformer, clip, text, sigma, where, draw=self.draw, routing=routing, align=True)
 
     @torch.no_grad()
     def validation_loss(self, transformer: nn.Module, clip: Clip, text: Text, level: int, levels: int) -> Tensor:
@@ -83,7 +85,7 @@ class Objective:
 
     def _loss(
         self, transformer: nn.Module, clip: Clip, text: Text, sigma: float, where: tuple[object, ...], *, draw: bool,
-        routing: Routing | None = None,
+        routing: Routing | None = None, align: bool = False,
     ) -> Tensor:  # fmt: skip
         clean = self._latents(clip.mean_THWC, clip.logvar_THWC, (*where, "posterior") if draw else None)
         noise = self._noise(clean.shape, (*where, "noise"))
@@ -94,11 +96,16 @@ class Objective:
             noisy[:1] = self._latents(clip.first_mean_1HWC, clip.first_logvar_1HWC, first)
         # Filled, not copied: a copy from the host's ordinary memory would wait for all that the device has to do.
         timestep = torch.full((1,), TRAIN_TIMESTEPS * sigma, device=self.device, dtype=torch.float32)
-        velocity = predict_velocity(
-            transformer, self.model, noisy[None].to(self.dtype), self.first_frame, timestep, text, routing
-        )[0]
-        error = velocity.float() - (noise - clean)
-        return error[1 if self.first_frame else 0 :].square().mean()
+        features = None
+        if self.crepa_weight and align:
+            assert clip.features_ThwD is not None, "training with CREPA reads features"
+            features = clip.features_ThwD.to(self.device, non_blocking=True)
+        velocity, alignment = predict(
+            transformer, self.model, noisy[None].to(self.dtype), self.first_frame, timestep, text, routing, features
+        )
+        error = velocity[0].float() - (noise - clean)
+        loss = error[1 if self.first_frame else 0 :].square().mean()
+        return loss if alignment is None else loss - self.crepa_weight * alignment
 
     def _latents(self, mean: Tensor, logvar: Tensor, where: tuple[object, ...] | None) -> Tensor:
         """Scaled latents, fp32: a keyed draw of the posterior, or its mean where `where` is None."""
