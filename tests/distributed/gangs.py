@@ -41,6 +41,8 @@ def make_run(
     keys = [_key(plan, i) for i in range(clips)]
     if not layout.samples(plan.cache_uri).keys().issuperset(keys):
         _write_cache(plan)
+    if plan.features_id and not layout.features(plan.cache_uri, plan.features_id).keys().issuperset(keys):
+        _write_features(plan, keys)
     layout.write_selection(
         storage.join(plan.run_uri, layout.SELECTION),
         layout.selection(keys, captions=[[f"clip {i}"] for i in range(clips)]),
@@ -85,6 +87,16 @@ def _write_cache(plan: RunPlan, clips: int = 10) -> None:
         texts.append(Record(layout.caption_key(caption), _bits(tensors), {"caption": caption, "text_length": 5 + i}))
     layout.captions(plan.cache_uri, plan_encoding(plan)).write(texts)
     layout.write_header(plan.cache_uri, plan.cache_fingerprint, IDENTITY)
+
+
+def _write_features(plan: RunPlan, keys: list[str]) -> None:
+    """Random features of CREPA's on the grid of the bucket."""
+    (bucket,), crepa = plan.buckets, plan.config.crepa
+    shape = (bucket.latent_shape[0], *crepa.grid(bucket.height, bucket.width), 12)
+    generator = torch.Generator().manual_seed(1)
+    features = {key: {"features": torch.randn(shape, generator=generator)} for key in keys}
+    records = [Record(key, _bits(tensors), {"uri": f"{key}.mp4"}) for key, tensors in features.items()]
+    layout.features(plan.cache_uri, plan.features_id).write(records)
 
 
 def _bits(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
