@@ -7,9 +7,12 @@ run needs of a GPU's memory stands in `k5dist.memory`.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from k5dist.config import ModelConfig
+from k5dist.config import CrepaConfig, ModelConfig, RunConfig
+from k5dist.config.crepa import HEAD_DIM
 from k5dist.shapes import PATCH, Bucket
 
 MIB, GIB = 2**20, 2**30
@@ -110,16 +113,47 @@ class Flops:
         return (3 if adapter == "full" else 2) * self.linear + 3 * self.attention
 
 
-def forward_flops(model: ModelConfig, tokens: int, density: float = 1.0, text_tokens: int = TEXT_TOKENS) -> Flops:
-    """One forward of one clip of `tokens` visual tokens; `density` is the share of attention blocks NABLA keeps."""
+def forward_flops(
+    model: ModelConfig,
+    tokens: int,
+    density: float = 1.0,
+    text_tokens: int = TEXT_TOKENS,
+    tokens_of_blocks: Sequence[int] | None = None,
+) -> Flops:
+    """One forward of one clip of `tokens` visual tokens; `density` is the share of attention blocks NABLA keeps.
+
+    `tokens_of_blocks` are the tokens that each visual block computes, where TREAD lets some skip it.
+    """
     dim, ff = model.model_dim, model.ff_dim
-    visual = 2 * tokens * (6 * dim**2 + 2 * dim * ff) + 2 * text_tokens * 2 * dim**2
+    counts = [tokens] * model.num_visual_blocks if tokens_of_blocks is None else tokens_of_blocks
+    visual = sum(2 * count * (6 * dim**2 + 2 * dim * ff) + 2 * text_tokens * 2 * dim**2 for count in counts)
     text = 2 * text_tokens * (4 * dim**2 + 2 * dim * ff)
-    linear = model.num_visual_blocks * visual + model.num_text_blocks * text
-    self_attention = 4 * tokens**2 * dim * density
-    attention = model.num_visual_blocks * (self_attention + 4 * tokens * text_tokens * dim)
+    attention = sum(4 * count**2 * dim * density + 4 * count * text_tokens * dim for count in counts)
     attention += model.num_text_blocks * 4 * text_tokens**2 * dim
-    return Flops(float(linear), float(attention))
+    return Flops(float(visual + model.num_text_blocks * text), float(attention))
+
+
+def clip_flops(
+    config: RunConfig, tokens_THW: tuple[int, int, int], density: float = 1.0, text_tokens: int = TEXT_TOKENS
+) -> Flops:
+    """One training forward of one clip of that shape in tokens, by the blocks that TREAD leaves it."""
+    counts = config.tread.tokens_of_blocks(config.model, tokens_THW, first_frame=config.flavour.task == "i2v")
+    flops = forward_flops(config.model, math.prod(tokens_THW), density, text_tokens, counts)
+    head = 2 * math.prod(tokens_THW) * crepa_parameters(config)  # trained whole: counted as the adapter's rule has it
+    return Flops(flops.linear + head, flops.attention)
+
+
+def crepa_parameters(config: RunConfig) -> int:
+    """Weights of CREPA's projection head."""
+    if not config.crepa.enabled:
+        return 0
+    width = config.crepa.feature_dim
+    return (config.model.model_dim + 1) * HEAD_DIM + (HEAD_DIM + 1) * HEAD_DIM + (HEAD_DIM + 1) * width
+
+
+def feature_cache_bytes(crepa: CrepaConfig, bucket: Bucket) -> int:
+    """bf16 bytes of one clip's features in the cache."""
+    return 2 * bucket.latent_shape[0] * math.prod(crepa.grid(bucket.height, bucket.width)) * crepa.feature_dim
 
 
 def sample_cache_bytes(model: ModelConfig, bucket: Bucket, *, first_frame: bool, text_tokens: int) -> int:

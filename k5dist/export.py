@@ -25,6 +25,7 @@ from k5dist.model.attention import Rope, attend, rotate
 from k5dist.model.forward import nabla_parameters
 from k5dist.model.pretrained import component_folder
 from k5dist.model.transformer import build_transformer
+from k5dist.model.weights import HEAD
 from k5dist.plan import RunPlan
 from k5dist.train.adaptive import averaged
 from k5dist.train.checkpoint import committed_steps, step_folder
@@ -114,7 +115,7 @@ def _model_tensors(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
     return {
         key.removeprefix(prefix): value
         for key, value in metadata.items()
-        if key.startswith(prefix) and isinstance(value, TensorStorageMetadata)
+        if key.startswith(prefix) and not key.startswith(prefix + HEAD) and isinstance(value, TensorStorageMetadata)
     }
 
 

@@ -44,7 +44,8 @@ def plan_run(config: RunConfig) -> RunPlan:
     if not only_planning:
         pretrained.check(config)
         pretrained.check_clip(config)
-    plan = make_plan(config, facts, _identity(config, only_planning))
+    encoder = pretrained.encoder_identity(config) if config.crepa.enabled else None
+    plan = make_plan(config, facts, _identity(config, only_planning), encoder)
     fit.check(config, facts)
     if plan.tracking_uri:
         return plan

@@ -100,21 +100,24 @@ class Memory:
 
 
 def trainable_parameters(config: RunConfig) -> int:
+    head = estimate.crepa_parameters(config)
     if config.adapter == "full":
-        return estimate.parameters(config.model)
-    return estimate.lora_parameters(config.model, config.lora.rank, config.lora.targets)
+        return estimate.parameters(config.model) + head
+    return estimate.lora_parameters(config.model, config.lora.rank, config.lora.targets) + head
 
 
 def predict(config: RunConfig, world: World, bucket: Bucket, recompute: Recompute) -> Memory:
     """Memory of a worker at the fullest moment of a backward over a clip of `bucket`, keeping what `recompute` says."""
-    moments = [_moment(config, world, bucket, recompute, block) for block in _turning_points(config.model, recompute)]
+    moments = [_moment(config, world, bucket, recompute, block) for block in _turning_points(config, recompute)]
     return max(moments, key=lambda moment: moment.total)
 
 
-def _turning_points(model: ModelConfig, recompute: Recompute) -> list[int]:
+def _turning_points(config: RunConfig, recompute: Recompute) -> list[int]:
     """Blocks at whose backward memory can be fullest: the first and last of each kind, in whatever order it goes."""
-    blocks = model.num_visual_blocks
+    blocks = config.model.num_visual_blocks
     starts = [0, recompute.offload, blocks - recompute.keep - recompute.attention, blocks - recompute.keep, blocks]
+    for route in config.tread.resolve(blocks):
+        starts += [route.first, route.last + 1]
     return sorted({block for start in starts for block in (start - 1, start) if 0 <= block < blocks})
 
 
@@ -122,13 +125,15 @@ def _moment(config: RunConfig, world: World, bucket: Bucket, recompute: Recomput
     """While the backward of visual block `block` runs: what the blocks up to it keep is there, what the others kept is
     not, and those have their gradients."""
     model = config.model
-    unit = _unit(config, world, bucket)
+    tokens = _tokens_of_blocks(config, bucket)[block]
+    unit = _unit(config, world, tokens)
     kept = _kept(config, world, bucket, recompute, block)
     policy = policy_of(recompute, block, model.num_visual_blocks)
     working = WORKING_UNITS[config.adapter][policy] * unit * _eager_factor(config, world)
     working += ALL_TO_ALL_UNITS * unit if world.context > 1 else 0
+    working += _unit(config, world, bucket.tokens - tokens)  # the gradient of what TREAD lets skip the block
     latents = math.prod(bucket.latent_shape) * model.out_visual_dim * FP32
-    tables = ROPE_TABLES * _own_tokens(world, bucket) * model.head_dim * FP32
+    tables = ROPE_TABLES * _own_tokens(world, bucket.tokens) * model.head_dim * FP32
     return Memory(
         weights=_weights(config, world),
         gradients=_gradients(config, world, model.num_visual_blocks - 1 - block),
@@ -136,7 +141,7 @@ def _moment(config: RunConfig, world: World, bucket: Bucket, recompute: Recomput
         gathered=_gathered(config, world),
         kept=kept,
         working=working,
-        sparse=_sparse(model, world, bucket),
+        sparse=_sparse(model, world, tokens),
         workspace=LATENT_COPIES * latents + tables + _validation(config, world, kept + working),
         runtime=RUNTIME_BYTES if world.device == "cuda" else 0,
     )
@@ -182,10 +187,10 @@ def settle(config: RunConfig, world: World, buckets: Iterable[Bucket], gpu_bytes
 
 def _offloaded(config: RunConfig, world: World, bucket: Bucket, recompute: Recompute, limit: float) -> Recompute | None:
     """`recompute` with as few blocks offloaded as bring it below `limit`; None where none or too many would."""
-    host, blocks = config.train.offload_gib * GIB * HOST_SHARE, config.model.num_visual_blocks
+    host = config.train.offload_gib * GIB * HOST_SHARE
     if predict(config, world, bucket, recompute).total <= limit:
         return recompute
-    kept = [_kept_by(config, world, bucket, policy_of(recompute, block, blocks)) for block in range(blocks)]
+    kept = _kept_by_blocks(config, world, bucket, recompute)
     room = sum(1 for used in itertools.accumulate(kept) if used <= host)  # blocks that the host can take
 
     def fits(offload: int) -> bool:
@@ -215,12 +220,17 @@ def _eager_factor(config: RunConfig, world: World) -> float:
     return 1 if config.train.compile and world.device == "cuda" else EAGER_FACTOR
 
 
-def _own_tokens(world: World, bucket: Bucket) -> int:
-    return -(-bucket.tokens // world.context)
+def _tokens_of_blocks(config: RunConfig, bucket: Bucket) -> tuple[int, ...]:
+    first_frame = config.flavour.task == "i2v"
+    return config.tread.tokens_of_blocks(config.model, bucket.token_shape, first_frame=first_frame)
 
 
-def _unit(config: RunConfig, world: World, bucket: Bucket) -> int:
-    return _own_tokens(world, bucket) * config.model.model_dim * _element(config, world)
+def _own_tokens(world: World, tokens: int) -> int:
+    return -(-tokens // world.context)
+
+
+def _unit(config: RunConfig, world: World, tokens: int) -> int:
+    return _own_tokens(world, tokens) * config.model.model_dim * _element(config, world)
 
 
 def _trained_bytes(config: RunConfig) -> int:
@@ -284,37 +294,42 @@ def _gathered(config: RunConfig, world: World) -> float:
 
 def _kept(config: RunConfig, world: World, bucket: Bucket, recompute: Recompute, last: int) -> float:
     """What blocks 0 to `last` keep on the GPU between forward and backward."""
-    blocks = config.model.num_visual_blocks
-    sizes = {name: _kept_by(config, world, bucket, name) for name in ("linear", "attention", "full")}
-    kept = [sizes[policy_of(recompute, block, blocks)] for block in range(last + 1)]
+    kept = _kept_by_blocks(config, world, bucket, recompute)[: last + 1]
     staged = sorted(kept[: recompute.offload])[-STAGED_BLOCKS:]
     return sum(kept[recompute.offload :]) + sum(staged)
 
 
-def _kept_by(config: RunConfig, world: World, bucket: Bucket, policy: str) -> float:
+def _kept_by_blocks(config: RunConfig, world: World, bucket: Bucket, recompute: Recompute) -> list[float]:
+    counts, blocks = _tokens_of_blocks(config, bucket), config.model.num_visual_blocks
+    kinds = [(count, policy_of(recompute, block, blocks)) for block, count in enumerate(counts)]
+    sizes = {kind: _kept_by(config, world, *kind) for kind in set(kinds)}
+    return [sizes[kind] for kind in kinds]
+
+
+def _kept_by(config: RunConfig, world: World, tokens: int, policy: str) -> float:
     """What one block keeps, its input included."""
-    model, unit = config.model, _unit(config, world, bucket)
+    model, unit = config.model, _unit(config, world, tokens)
     if policy == "full":
         return unit
     heads = model.num_heads / world.context
-    lse_and_map = bucket.tokens * heads * FP32  # the log-sum-exp is fp32
+    lse_and_map = tokens * heads * FP32  # the log-sum-exp is fp32
     if model.is_sparse:
-        side = _blocks_a_side(bucket)
+        side = _blocks_a_side(tokens)
         lse_and_map += heads * side * math.ceil(side / MAP_WORD) * 4
     if policy == "attention":
         return unit + ATTENTION_UNITS * unit + lse_and_map
-    ff = KEPT_FF * _own_tokens(world, bucket) * model.ff_dim * _element(config, world)
+    ff = KEPT_FF * _own_tokens(world, tokens) * model.ff_dim * _element(config, world)
     return unit + (KEPT_UNITS[config.adapter] * unit + ff) * _eager_factor(config, world) + lse_and_map
 
 
-def _blocks_a_side(bucket: Bucket) -> int:
-    return math.ceil(bucket.tokens / NABLA_BLOCK**2)
+def _blocks_a_side(tokens: int) -> int:
+    return math.ceil(tokens / NABLA_BLOCK**2)
 
 
-def _sparse(model: ModelConfig, world: World, bucket: Bucket) -> float:
+def _sparse(model: ModelConfig, world: World, tokens: int) -> float:
     if not model.is_sparse:
         return 0
-    cells = model.num_heads / world.context * _blocks_a_side(bucket) ** 2
+    cells = model.num_heads / world.context * _blocks_a_side(tokens) ** 2
     return min(LISTS * cells * LIST_BYTES, LISTS_CAP) + min(cells * FP32, MAP_CAP)
 
 
@@ -322,5 +337,5 @@ def _validation(config: RunConfig, world: World, training: float) -> float:
     """What sampling videos needs beyond what `training` has for its activations, which are not there then."""
     if not config.validation.prompts:
         return 0
-    unit = _unit(config, world, Bucket(*config.validation_shape))
+    unit = _unit(config, world, Bucket(*config.validation_shape).tokens)
     return max(0, FORWARD_UNITS * unit * _eager_factor(config, world) - training)

@@ -23,7 +23,7 @@ from k5dist.pools import Pools, settle_pools
 from k5dist.shapes import Bucket
 from k5dist.world import ClusterFacts, World, make_world
 
-SCHEMA_VERSION = 3  # of plan.json
+SCHEMA_VERSION = 5  # of plan.json
 ENCODING_VERSION = 2  # raise when equal settings give another cache
 DEFAULT_BATCH = 8
 
@@ -41,6 +41,7 @@ class RunPlan:
     pretrained_identity: str
     cache_fingerprint: str
     run_fingerprint: str
+    features_id: str  # names what encodes CREPA's features, and how; empty where it is off
     cache_uri: str
     run_uri: str
     tracking_uri: str
@@ -90,11 +91,13 @@ class RunPlan:
         return cls(**body)
 
 
-def make_plan(config: RunConfig, facts: ClusterFacts, pretrained_identity: str) -> RunPlan:
+def make_plan(
+    config: RunConfig, facts: ClusterFacts, pretrained_identity: str, encoder_identity: str | None = None
+) -> RunPlan:
     """Derive the plan.
 
     `pretrained_identity` stands for the checkpoint's content: a hub id, a digest, or the generator's
-    version.
+    version. `encoder_identity` does so for CREPA's vision encoder; its name where it is not given.
 
     Raises:
         ConfigError: where degrees, world size and batch do not fit together.
@@ -110,7 +113,8 @@ def make_plan(config: RunConfig, facts: ClusterFacts, pretrained_identity: str) 
         raise ConfigError("train.batch_size", config.train.batch_size, rule, f"train.batch_size={near}")
     buckets = tuple(dict.fromkeys(b for dataset in config.datasets for b in dataset.buckets(config.side_unit)))
     cache_fingerprint = _fingerprint(_cache_identity(config, pretrained_identity))
-    run_fingerprint = _fingerprint({"cache": cache_fingerprint, **_run_identity(config)})
+    features_id = _features_id(config, encoder_identity or config.crepa.encoder)
+    run_fingerprint = _fingerprint({"cache": cache_fingerprint, **_run_identity(config, features_id)})
     root = storage.normalise(config.storage.root)
     name = config.name or f"{config.flavour.name}-{run_fingerprint}"
     return RunPlan(
@@ -123,6 +127,7 @@ def make_plan(config: RunConfig, facts: ClusterFacts, pretrained_identity: str) 
         pretrained_identity=pretrained_identity,
         cache_fingerprint=cache_fingerprint,
         run_fingerprint=run_fingerprint,
+        features_id=features_id,
         cache_uri=storage.join(root, "cache", cache_fingerprint),
         run_uri=storage.join(root, "runs", name),
         tracking_uri=config.tracking.uri or "",
@@ -163,13 +168,27 @@ def _cache_identity(config: RunConfig, pretrained_identity: str) -> dict[str, An
     }
 
 
-def _run_identity(config: RunConfig) -> dict[str, Any]:
+def _features_id(config: RunConfig, encoder_identity: str) -> str:
+    """Which store of the cache holds CREPA's features: another encoder, size or choice of frames has another."""
+    if not config.crepa.enabled:
+        return ""
+    return _fingerprint({"schema": 1, "encoder": encoder_identity, "size": config.crepa.encoder_size})
+
+
+def _run_identity(config: RunConfig, features_id: str) -> dict[str, Any]:
     everything = config.to_mapping()
     keys = ("model", "adapter", "lora", "train", "optimizer")
     # These change how fast a step is, not what it computes (but for rounding).
     speed = ("activation_checkpointing", "offload_gib", "compile", "attention")
     train = {key: value for key, value in everything["train"].items() if key not in speed}
-    identity = {key: everything[key] for key in keys} | {
+    # What is off is not in it: a run keeps its fingerprint when a release brings another method.
+    routes = config.tread.resolve(config.model.num_visual_blocks)
+    methods: dict[str, Any] = {"tread": [dataclasses.astuple(route) for route in routes]} if routes else {}
+    if config.crepa.enabled:
+        numbers = {key: value for key, value in everything["crepa"].items() if key != "encoder"}
+        methods["crepa"] = {**numbers, "features": features_id}
+    identity = {key: everything[key] for key in keys} | methods
+    identity |= {
         "train": train,
         "ema": _ema_identity(config),
         "negative": config.validation.negative_prompt if config.train.unconditional == "negative" else None,
@@ -224,7 +243,7 @@ def estimates(plan: RunPlan) -> Estimates:
     config, world = plan.config, plan.world
     model, bucket = config.model, memory.largest(plan.buckets)
     density = estimate.ASSUMED_NABLA_DENSITY if model.is_sparse else 1.0
-    flops = estimate.forward_flops(model, bucket.tokens, density).training(config.adapter) * plan.batch_size
+    flops = estimate.clip_flops(config, bucket.token_shape, density).training(config.adapter) * plan.batch_size
     gpu, rate, gpu_bytes = estimate.gpu_facts(world.gpu_name)
     needed = memory.predict(config, world, bucket, plan.recompute)
     rolled = config.rollout.forwards(plan.accumulation, world.data_parallel) if config.rollout.enabled else 0.0
@@ -238,6 +257,8 @@ def estimates(plan: RunPlan) -> Estimates:
     cache = estimate.sample_cache_bytes(
         model, bucket, first_frame=config.flavour.task == "i2v", text_tokens=config.precache.max_text_tokens
     )
+    if config.crepa.enabled:
+        cache += estimate.feature_cache_bytes(config.crepa, bucket)
     return Estimates(
         parameters=estimate.parameters(model),
         trainable=memory.trainable_parameters(config),

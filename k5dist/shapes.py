@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from k5dist.schema import ConfigError
@@ -34,9 +35,14 @@ class Bucket:
         return time, self.height // VAE_SPACE_COMPRESSION, self.width // VAE_SPACE_COMPRESSION
 
     @property
-    def tokens(self) -> int:
+    def token_shape(self) -> tuple[int, int, int]:
+        """Tokens along time, height and width."""
         time, height, width = self.latent_shape
-        return time * (height // PATCH) * (width // PATCH)
+        return time, height // PATCH, width // PATCH
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.token_shape)
 
     def __str__(self) -> str:
         return f"{self.frames}×{self.height}×{self.width}"

@@ -28,11 +28,11 @@ from k5dist.benchmark.density import measured_density
 from k5dist.benchmark.load import time_loading
 from k5dist.benchmark.settings import Benchmark
 from k5dist.benchmark.shares import device_work, longest_kernels, operator_shares, shares_of
-from k5dist.config import RunConfig
-from k5dist.estimate import GIB, forward_flops, gpu_facts
+from k5dist.config import RunConfig, TreadConfig
+from k5dist.estimate import GIB, clip_flops, gpu_facts
 from k5dist.model.dit import VideoTransformer
 from k5dist.model.forward import Text
-from k5dist.model.transformer import adapt, allocate
+from k5dist.model.transformer import adapt, add_head, allocate
 from k5dist.model.weights import fill_shard, is_adapter
 from k5dist.train.feed import Step, pinned
 from k5dist.train.objective import Clip, Objective
@@ -58,7 +58,7 @@ def measure(benchmark: Benchmark, device: torch.device) -> dict[str, Any]:
     plan, settings = benchmark.plan, benchmark.settings
     config = plan.config
     transformer = build(benchmark, device)
-    objective = make_objective(config, device)
+    objective = make_objective(config, device, ours=benchmark.loop == "k5dist")
     optimiser = make_optimiser(transformer, config.optimizer, device, objective.dtype)
     work = TrainStep(plan, transformer, optimiser, objective, None)
     clip = make_clip(benchmark)
@@ -103,7 +103,9 @@ def build(benchmark: Benchmark, device: torch.device) -> nn.Module:
         lora = config.lora if config.adapter == "lora" else None
         with torch.device("meta"):
             transformer = VideoTransformer(config.model)
-        adapt(transformer, lora, dtype, trained_dtype(config.optimizer))
+        trained = trained_dtype(config.optimizer)
+        adapt(transformer, lora, dtype, trained)
+        add_head(transformer, config.model, config.crepa, config.crepa.feature_dim, trained)
         parallelise(transformer, mesh, config.train, plan.recompute)
     allocate(transformer, device)
     randomise(transformer, device)
@@ -127,8 +129,8 @@ def randomise(transformer: nn.Module, device: torch.device) -> None:
             fill_shard(parameter, lambda first, count, whole=whole: whole[first : first + count])
 
 
-def make_objective(config: RunConfig, device: torch.device) -> Objective:
-    """The checkpoint is not asked: its shift and scaling factor change no time."""
+def make_objective(config: RunConfig, device: torch.device, *, ours: bool = True) -> Objective:
+    """The checkpoint is not asked: its shift and scaling factor change no time. The stock model has no routes."""
     return Objective(
         model=config.model,
         train=config.train,
@@ -138,6 +140,8 @@ def make_objective(config: RunConfig, device: torch.device) -> Objective:
         draw=True,
         device=device,
         dtype=compute_dtype(config.train),
+        crepa_weight=config.crepa.weight if config.crepa.enabled and ours else 0.0,
+        routes=config.tread.resolve(config.model.num_visual_blocks) if ours else (),
     )
 
 
@@ -154,10 +158,13 @@ def make_clip(benchmark: Benchmark) -> Clip:
     length = benchmark.settings.text_tokens
     tensors = {"qwen": noise(1, length, config.model.in_text_dim), "clip": noise(1, config.model.in_text_dim2)}
     tensors |= {"mean": noise(*shape), "logvar": noise(*shape) - 4}
+    if config.crepa.enabled:
+        grid = config.crepa.grid(benchmark.bucket.height, benchmark.bucket.width)
+        tensors["features"] = noise(shape[0], *grid, config.crepa.feature_dim)
     tensors = pinned(tensors, benchmark.plan.world.device == "cuda")
     text, mean, logvar = Text(tensors["qwen"], tensors["clip"]), tensors["mean"], tensors["logvar"]
     first = (mean[:1], logvar[:1]) if config.flavour.task == "i2v" else (None, None)
-    return Clip(f"clip-{group}", mean, logvar, *first, text)
+    return Clip(f"clip-{group}", mean, logvar, *first, text, tensors.get("features"))
 
 
 def make_step(clip: Clip, num_real: int, number: int) -> Step:
@@ -199,7 +206,9 @@ def profile_step(
 def speed(benchmark: Benchmark, seconds: float, density: float, device: torch.device) -> dict[str, Any]:
     """Tokens and model FLOPs a GPU and second. FLOPs count kept blocks only, and no recomputation."""
     plan, bucket = benchmark.plan, benchmark.bucket
-    flops = forward_flops(plan.config.model, bucket.tokens, density, benchmark.settings.text_tokens)
+    if benchmark.loop != "k5dist":
+        plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, tread=TreadConfig(())))
+    flops = clip_flops(plan.config, bucket.token_shape, density, benchmark.settings.text_tokens)
     each = flops.training(plan.config.adapter) / plan.world.context
     figures = {
         "median_step_seconds": seconds,

@@ -8,6 +8,7 @@
       index/*.parquet                 one row a sample
       orders/*.parquet                which samples lie together, while they are being encoded (k5dist/cache/orders.py)
       captions/<encoding>/…           the same three; `qwen` [L, in_text_dim] of true length L, `clip` [in_text_dim2]
+      features/<encoder>/…            shards and index of CREPA's: `features` [T, h, w, D], a sample's latent frames
       failures.parquet                what could not be encoded, and why
 
 Captions stand apart under the key of their encoding (template, crop, length): another template encodes text again, and
@@ -57,6 +58,7 @@ SELECTION_SCHEMA = pa.schema(
         ("probability", pa.float64()),  # null: in every epoch
     ]
 )
+FEATURE_COLUMNS = {"uri": pa.string()}
 CAPTION_COLUMNS = {"caption": pa.string(), "text_length": pa.int32()}
 FAILURE_SCHEMA = pa.schema(
     [
@@ -93,6 +95,11 @@ def samples(cache_uri: str) -> ShardStore:
 
 def captions(cache_uri: str, encoding: TextEncoding) -> ShardStore:
     return ShardStore(storage.join(cache_uri, "captions", encoding.id), CAPTION_COLUMNS)
+
+
+def features(cache_uri: str, features_id: str) -> ShardStore:
+    """A vision encoder's features under the keys of the samples."""
+    return ShardStore(storage.join(cache_uri, "features", features_id), FEATURE_COLUMNS)
 
 
 def failures_uri(cache_uri: str) -> str:

@@ -30,10 +30,14 @@ class Bad:
 
 
 def stores(cache_uri: str) -> list[ShardStore]:
-    """The samples and every encoding's captions."""
+    """The samples, every encoding's captions and every vision encoder's features."""
     folder = storage.join(cache_uri, "captions")
     captions = [ShardStore(storage.join(folder, name), layout.CAPTION_COLUMNS) for name in storage.list_folder(folder)]
-    return [layout.samples(cache_uri), *captions]
+    return [layout.samples(cache_uri), *captions, *feature_stores(cache_uri)]
+
+
+def feature_stores(cache_uri: str) -> list[ShardStore]:
+    return [layout.features(cache_uri, name) for name in storage.list_folder(storage.join(cache_uri, "features"))]
 
 
 def verify(store: ShardStore, advance: Callable[[], None] = lambda: None) -> Iterator[Bad]:

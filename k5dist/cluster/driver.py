@@ -20,6 +20,7 @@ from k5dist.cluster.videos import Item, VideoQueue
 from k5dist.config import ConfigError
 from k5dist.console import Bar, progress_bar, say, show_table
 from k5dist.events import parse
+from k5dist.model.pretrained import VISION_FOLDER
 from k5dist.plan import RunPlan
 from k5dist.precache.pipeline import precache
 from k5dist.precache.sources import Listing
@@ -40,7 +41,8 @@ class TrainingFailed(Exception):
 def ensure_generated(plan: RunPlan) -> None:
     """Make the tiny flavours' checkpoint where the plan expects it, once."""
     config = plan.config
-    if not config.flavour.generated or storage.exists(storage.join(plan.pretrained, "model_index.json")):
+    wanted = ("model_index.json", f"{VISION_FOLDER}/config.json")
+    if not config.flavour.generated or all(storage.exists(storage.join(plan.pretrained, name)) for name in wanted):
         return
     from transformers.utils import logging as transformers_logging
 

@@ -5,6 +5,7 @@ the keys stand in one place, `conf/`; this package holds none, so a key that is 
 """
 
 from k5dist.config.cluster import ClusterConfig, ParallelConfig, StorageConfig, TrackingConfig
+from k5dist.config.crepa import CrepaConfig
 from k5dist.config.export import ExportConfig
 from k5dist.config.model import FlavourConfig, LoraConfig, ModelConfig
 from k5dist.config.optimizer import OPTIMIZERS, EmaConfig, OptimizerConfig
@@ -13,6 +14,7 @@ from k5dist.config.rollout import RolloutConfig
 from k5dist.config.run import STAGES, RunConfig
 from k5dist.config.slurm import SlurmConfig
 from k5dist.config.train import CHECKPOINTING, TrainConfig
+from k5dist.config.tread import Route, RouteConfig, TreadConfig
 from k5dist.config.validation import RECOMMENDED_GUIDANCE, CheckpointConfig, ValidationConfig
 from k5dist.schema import ConfigError, nearest
 from k5dist.shapes import NABLA_BLOCK, PATCH, VAE_SPACE_COMPRESSION, VAE_TIME_COMPRESSION
@@ -29,6 +31,7 @@ __all__ = [
     "CheckpointConfig",
     "ClusterConfig",
     "ConfigError",
+    "CrepaConfig",
     "EmaConfig",
     "ExportConfig",
     "FlavourConfig",
@@ -38,11 +41,14 @@ __all__ = [
     "ParallelConfig",
     "PrecacheConfig",
     "RolloutConfig",
+    "Route",
+    "RouteConfig",
     "RunConfig",
     "SlurmConfig",
     "StorageConfig",
     "TrackingConfig",
     "TrainConfig",
+    "TreadConfig",
     "ValidationConfig",
     "nearest",
 ]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from k5dist.config.cluster import ClusterConfig, ParallelConfig, StorageConfig, TrackingConfig
+from k5dist.config.crepa import CrepaConfig
 from k5dist.config.export import ExportConfig
 from k5dist.config.model import FlavourConfig, LoraConfig, ModelConfig
 from k5dist.config.names import adapter_names, weight_names
@@ -15,6 +16,7 @@ from k5dist.config.precache import PrecacheConfig
 from k5dist.config.rollout import RolloutConfig
 from k5dist.config.slurm import SlurmConfig
 from k5dist.config.train import TrainConfig
+from k5dist.config.tread import TreadConfig
 from k5dist.config.validation import CheckpointConfig, ValidationConfig
 from k5dist.datasets import DataConfig, DatasetConfig
 from k5dist.schema import ConfigError, build, one_of
@@ -41,6 +43,8 @@ class RunConfig:
     optimizer: OptimizerConfig
     ema: EmaConfig
     rollout: RolloutConfig
+    tread: TreadConfig
+    crepa: CrepaConfig
     parallel: ParallelConfig
     cluster: ClusterConfig
     slurm: SlurmConfig
@@ -84,6 +88,8 @@ class RunConfig:
             self._check_nabla()
         for dataset in self.datasets:
             self._check_dataset(dataset)
+        blocks = self.model.num_visual_blocks
+        self.crepa.check(blocks, self.tread.resolve(blocks))
         if self.model.num_heads % self.parallel.context:
             heads = self.model.num_heads
             divisors = [d for d in range(1, heads + 1) if heads % d == 0]

@@ -60,6 +60,11 @@ class ContextGroup:
         x_nBshD = padded.unflatten(1, (self.size, share)).movedim(1, 0)
         return self._swap(x_nBshD).permute(1, 2, 0, 3, 4).flatten(2, 3)
 
+    def move_tokens(self, x_BsC: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        """Give worker i the next `send[i]` tokens of this run; `receive[i]` tokens come from worker i, in order."""
+        moved = all_to_all_single_autograd(x_BsC.transpose(0, 1).contiguous(), receive, send, self.group)
+        return moved.transpose(0, 1).contiguous()
+
     def _swap(self, x_nXXXX: Tensor) -> Tensor:
         """Slice i of dimension 0 goes to worker i; what worker i sent comes back at i."""
         splits = [1] * self.size

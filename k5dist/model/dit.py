@@ -17,12 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from k5dist.config import NABLA_BLOCK, PATCH, ModelConfig
+from k5dist.config import PATCH, ModelConfig
 from k5dist.model.attention import FLASH, Attention, Rope
 from k5dist.model.context import ContextGroup
+from k5dist.model.crepa import CrepaHead
 from k5dist.model.gelu import gelu
 from k5dist.model.nabla import NablaParameters
 from k5dist.model.recompute import run_block
+from k5dist.model.tokens import flatten, unflatten, unpatchify
+from k5dist.model.tread import Router, Routing, Visual
 
 # Kept in fp32 whatever the run's precision, as diffusers keeps them (`_keep_in_fp32_modules`).
 FP32_MODULES = ("time_embeddings", "modulation", "visual_modulation", "text_modulation")
@@ -259,6 +262,7 @@ class VideoTransformer(nn.Module):
         self.text_transformer_blocks = nn.ModuleList(TextBlock(model) for _ in range(model.num_text_blocks))
         self.visual_transformer_blocks = nn.ModuleList(VisualBlock(model) for _ in range(model.num_visual_blocks))
         self.out_layer = OutLayer(model)
+        self.crepa_head: CrepaHead | None = None
 
     def share_tokens(self, context: ContextGroup) -> None:
         """Visual tokens are split over the group from here on (Ulysses); every rank gets the whole velocity."""
@@ -276,13 +280,17 @@ class VideoTransformer(nn.Module):
         timestep_B: Tensor,
         scale_factor: tuple[float, float, float],
         sparsity: NablaParameters | None,
-    ) -> Tensor:
+        routing: Routing | None = None,
+        features_ThwD: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Velocity [B, T, H, W, out_visual_dim] of the noisy latents, whose last dimension is all input channels.
 
         Args:
             timestep_B: 1000 σ, fp32.
             scale_factor: RoPE's divisors along (T, H, W).
             sparsity: NABLA's parameters for this clip's shape; dense attention without.
+            routing: TREAD's routes for this clip, in training.
+            features_ThwD: CREPA's, in training: its alignment (`CrepaHead`) is returned beside the velocity.
         """
         text = self.text_embeddings(text_BLC)
         time = self.time_embeddings(timestep_B) + self.pooled_text_embeddings(pooled_BC)
@@ -293,41 +301,29 @@ class VideoTransformer(nn.Module):
         x_BTHWM = self.visual_embeddings(latents_BTHWC)
         tokens_THW = x_BTHWM.shape[1:4]
         angles = self.visual_rope_embeddings(tokens_THW, scale_factor)[None]
-        x, angles = (_flatten(each, sparsity is not None) for each in (x_BTHWM, angles))
+        x, angles = (flatten(each, sparsity is not None) for each in (x_BTHWM, angles))
+        own = angles
         if self.context is not None:
-            x, angles = self.context.own_tokens(x), self.context.own_tokens(angles)
-        rope = Rope(angles[0].cos(), angles[0].sin())
-        num_tokens = math.prod(tokens_THW)
-        for block in self.visual_transformer_blocks:
+            x, own = self.context.own_tokens(x), self.context.own_tokens(angles)
+        num_tokens, frame_tokens, sparse = math.prod(tokens_THW), math.prod(tokens_THW[1:]), sparsity is not None
+        visual = Visual(x, Rope(own[0].cos(), own[0].sin()), sparsity, num_tokens)
+        alignment: Tensor | None = None
+        router = routing and Router(routing, angles[0], frame_tokens, sparse=sparse, context=self.context)
+        for number, block in enumerate(self.visual_transformer_blocks):
             assert isinstance(block, VisualBlock)
-            x = block(x, text, block.visual_modulation(time), rope, sparsity, num_tokens)
+            visual = visual if router is None else router.enter(number, visual)
+            x, rope, kept_sparsity, kept_tokens = visual
+            x = block(x, text, block.visual_modulation(time), rope, kept_sparsity, kept_tokens)
+            visual = visual._replace(x_BsM=x)
+            visual = visual if router is None else router.leave(number, visual)
+            if features_ThwD is not None and self.crepa_head is not None and number == self.crepa_head.block_index:
+                alignment = self.crepa_head(visual.x_BsM, features_ThwD, tuple(tokens_THW), sparse, self.context)
+        x = visual.x_BsM
         patches = self.out_layer(x, time)
         if self.context is not None:
             patches = self.context.gather_tokens(patches, num_tokens)
-        return _unpatchify(_unflatten(patches, tokens_THW, sparsity is not None))
-
-
-def _flatten(x_BTHWC: Tensor, blocked: bool) -> Tensor:
-    """Tokens in (T, H, W) order, [B, S, C]; with `blocked`, NABLA's 8 × 8 squares of a frame one after another."""
-    if not blocked:
-        return x_BTHWC.flatten(1, 3)
-    batch, frames, height, width, channels = x_BTHWC.shape
-    n = NABLA_BLOCK
-    x = x_BTHWC.reshape(batch, frames, height // n, n, width // n, n, channels)
-    return x.transpose(3, 4).reshape(batch, -1, channels)
-
-
-def _unflatten(x_BSC: Tensor, tokens_THW: Sequence[int], blocked: bool) -> Tensor:
-    frames, height, width = tokens_THW
-    if not blocked:
-        return x_BSC.unflatten(1, (frames, height, width))
-    n = NABLA_BLOCK
-    x = x_BSC.unflatten(1, (frames, height // n, width // n, n, n))
-    return x.transpose(3, 4).reshape(len(x_BSC), frames, height, width, -1)
-
-
-def _unpatchify(x_BTHWC: Tensor) -> Tensor:
-    """[B, T, H, W, 4C] → [B, T, 2H, 2W, C]; a token's channels are (C, 2, 2), as diffusers' output layer has them."""
-    batch, frames, height, width, _ = x_BTHWC.shape
-    x = x_BTHWC.reshape(batch, frames, height, width, -1, PATCH, PATCH)
-    return x.permute(0, 1, 2, 5, 3, 6, 4).reshape(batch, frames, PATCH * height, PATCH * width, -1)
+        velocity = unpatchify(unflatten(patches, tokens_THW, sparse))
+        if features_ThwD is None:
+            return velocity
+        assert alignment is not None, "features belong to a model with a projection head"
+        return velocity, alignment

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from k5dist.config import NABLA_BLOCK, PATCH, VAE_SPACE_COMPRESSION, ModelConfig
 from k5dist.model.nabla import NablaParameters, pack_bits, sliding_tile_window
+from k5dist.model.tread import Routing
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,22 @@ def nabla_parameters(model: ModelConfig, tokens_THW: tuple[int, int, int], devic
     return NablaParameters(probability, pack_bits(sliding_tile_window(blocks, (wt, wh, ww), device)))
 
 
+def predict(
+    transformer: nn.Module,
+    model: ModelConfig,
+    latents_BTHWC: Tensor,
+    first_frame: bool,
+    timestep_B: Tensor,
+    text: Text,
+    routing: Routing | None = None,
+    features_ThwD: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`predict_velocity`, and where CREPA's features of the clip are given, their alignment (fp32, 0-dim)."""
+    options = {"routing": routing, "features_ThwD": features_ThwD}
+    out = _run(transformer, model, latents_BTHWC, first_frame, timestep_B, text, options)
+    return (out, None) if features_ThwD is None else out
+
+
 def predict_velocity(
     transformer: nn.Module,
     model: ModelConfig,
@@ -52,6 +70,7 @@ def predict_velocity(
     first_frame: bool,
     timestep_B: Tensor,
     text: Text,
+    routing: Routing | None = None,
 ) -> Tensor:
     """The model's velocity for noisy latents: [B, T, H, W, C], in the latents' dtype.
 
@@ -63,7 +82,20 @@ def predict_velocity(
         first_frame: image-to-video conditioning.
         timestep_B: 1000 σ, fp32.
         text: one caption, in the latents' dtype.
+        routing: TREAD's routes for this clip; in training alone.
     """
+    return _run(transformer, model, latents_BTHWC, first_frame, timestep_B, text, {"routing": routing})
+
+
+def _run(
+    transformer: nn.Module,
+    model: ModelConfig,
+    latents_BTHWC: Tensor,
+    first_frame: bool,
+    timestep_B: Tensor,
+    text: Text,
+    options: dict[str, Any],
+) -> Any:
     batch, frames, height, width, _ = latents_BTHWC.shape
     device = latents_BTHWC.device
     hidden = latents_BTHWC
@@ -75,4 +107,5 @@ def predict_velocity(
     tokens = (frames, height // PATCH, width // PATCH)
     sparsity = nabla_parameters(model, tokens, device) if model.is_sparse else None
     pixels = (height * VAE_SPACE_COMPRESSION, width * VAE_SPACE_COMPRESSION)
-    return transformer(hidden, text.qwen_1LD, text.clip_1D, timestep_B, rope_scale_factor(*pixels), sparsity)
+    options = {name: value for name, value in options.items() if value is not None}
+    return transformer(hidden, text.qwen_1LD, text.clip_1D, timestep_B, rope_scale_factor(*pixels), sparsity, **options)

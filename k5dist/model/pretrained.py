@@ -15,7 +15,8 @@ from typing import Any
 from k5dist import storage
 from k5dist.config import ConfigError, ModelConfig, RunConfig
 
-GENERATED_VERSION = 1  # raise when `k5dist.model.tiny` makes other weights
+GENERATED_VERSION = 2  # raise when `k5dist.model.tiny` makes other weights
+VISION_FOLDER = "dinov2"  # of a generated checkpoint: CREPA's encoder
 ENCODER_COMPONENTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 _SMALL_FILE = 4 * 2**20
 _SAMPLES = 8
@@ -77,6 +78,38 @@ def identity(config: RunConfig) -> str:
             start = int(i * (size - _SAMPLE_BYTES) / (_SAMPLES - 1))
             digest.update(storage.read_bytes(uri, start, start + _SAMPLE_BYTES))
     return f"folder:{digest.hexdigest()[:16]}"
+
+
+def encoder_identity(config: RunConfig) -> str:
+    """What stands for CREPA's vision encoder: as for a checkpoint, and of a generated one its own."""
+    name = config.crepa.encoder
+    if config.flavour.generated and storage.normalise(name).startswith(storage.normalise(config.pretrained)):
+        return f"{identity(config)}:vision"
+    if is_hub_id(name):
+        return f"hub:{name}"
+    if not storage.exists(storage.join(name, "config.json")):
+        rule = "a folder of transformers' DINOv2 has config.json and model.safetensors"
+        raise ConfigError("crepa.encoder", name, rule, "crepa.encoder=facebook/dinov2-giant")
+    digest = hashlib.sha256()
+    for file, size in sorted(storage.sizes(name).items()):
+        end = min(size, _SMALL_FILE)
+        digest.update(f"{file}\0{size}\0".encode() + storage.read_bytes(storage.join(name, file), 0, end))
+    return f"folder:{digest.hexdigest()[:16]}"
+
+
+def encoder_folder(name: str) -> Path:
+    """A local folder with a vision encoder of that name."""
+    if not is_hub_id(name):
+        folder, _, last = storage.normalise(name).rstrip("/").rpartition("/")
+        return component_folder(folder, last)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:
+        rule = f"the hub must hold it and be reachable ({type(error).__name__})"
+        fix = "check the name, network and login, or name a local folder"
+        raise ConfigError("crepa.encoder", name, rule, fix) from error
 
 
 def component_uri(pretrained: str, component: str) -> str:

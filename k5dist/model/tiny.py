@@ -25,10 +25,14 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
+    Dinov2Config,
+    Dinov2Model,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
 )
+
+from k5dist.model.pretrained import VISION_FOLDER
 
 # T2V and I2V checkpoints differ in the pipeline that reads them and in the shift of their sampling schedule.
 _PIPELINES = {"t2v": "Kandinsky5T2VPipeline", "i2v": "Kandinsky5I2VPipeline"}
@@ -88,6 +92,9 @@ def build_tiny_checkpoint(folder: Path, *, task: str, architecture: Mapping[str,
         text_encoder = _build_qwen(config["in_text_dim"], qwen_tokenizer)
     with _random_state(seed, "text_encoder_2"):
         text_encoder_2 = _build_clip(config["in_text_dim2"], clip_tokenizer)
+
+    with _random_state(seed, "vision"):
+        _build_vision().save_pretrained(folder / VISION_FOLDER, safe_serialization=True)
 
     components: dict[str, Any] = {
         **{"transformer": transformer, "vae": vae, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2},
@@ -228,6 +235,12 @@ def _build_clip(hidden: int, tokenizer: CLIPTokenizer) -> CLIPTextModel:
         **_token_ids(tokenizer, "bos", "eos", "pad"),  # the pooled position is found by the end token
     )
     return CLIPTextModel(config).eval()
+
+
+def _build_vision() -> Dinov2Model:
+    """DINOv2 of 16 patches a square frame of 56 pixels; large weights, so that features tell pictures apart."""
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2}
+    return Dinov2Model(Dinov2Config(**sizes, image_size=56, patch_size=14, initializer_range=0.2)).eval()
 
 
 def _token_ids(tokenizer: Qwen2Tokenizer | CLIPTokenizer, *names: str) -> dict[str, Any]:

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from k5dist.cache.keys import seed_of
-from k5dist.config import LoraConfig, ModelConfig
+from k5dist.config import CrepaConfig, LoraConfig, ModelConfig
+from k5dist.model.crepa import CrepaHead
 from k5dist.model.dit import FP32_MODULES, VideoTransformer
 from k5dist.model.pretrained import check_architecture, component_uri, read_config
-from k5dist.model.weights import fill_shard, is_adapter, load_weights
+from k5dist.model.weights import HEAD, fill_shard, is_adapter, load_weights
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -34,6 +35,8 @@ def build_transformer(
     lora: LoraConfig | None,
     dtype: torch.dtype,
     trained: torch.dtype = torch.float32,
+    crepa: CrepaConfig | None = None,
+    feature_dim: int = 0,
 ) -> VideoTransformer:
     """The DiT of a diffusers checkpoint with parameters on the meta device (buffers are real).
 
@@ -43,7 +46,17 @@ def build_transformer(
     check_architecture(model, read_config(pretrained, "transformer"))
     with torch.device("meta"):
         transformer = VideoTransformer(model)
-    return adapt(transformer, lora, dtype, trained)
+    return add_head(adapt(transformer, lora, dtype, trained), model, crepa, feature_dim, trained)
+
+
+def add_head(
+    transformer: VideoTransformer, model: ModelConfig, crepa: CrepaConfig | None, feature_dim: int, trained: torch.dtype
+) -> VideoTransformer:
+    """Give the model CREPA's projection head, trained whatever else is, where it is on."""
+    if crepa is not None and crepa.enabled:
+        with torch.device("meta"):
+            transformer.crepa_head = CrepaHead(crepa, model.model_dim, feature_dim).to(trained)
+    return transformer
 
 
 def adapt(transformer: Model, lora: LoraConfig | None, frozen: torch.dtype, trained: torch.dtype) -> Model:
@@ -102,12 +115,15 @@ def allocate(transformer: nn.Module, device: torch.device) -> None:
 
 
 def _initialise_adapters(transformer: nn.Module, seed: int) -> None:
-    """LoRA's usual start (A uniform in ±1/√in, B zero), drawn whole by name: the same for every number of shards."""
+    """LoRA's usual start (A uniform in ±1/√in, B zero), and for a projection head's matrices and biases the same.
+
+    Drawn whole by name: alike for every number of shards.
+    """
     for name, parameter in transformer.named_parameters():
-        if not is_adapter(name):
+        if not is_adapter(name) and not name.startswith(HEAD):
             continue
         whole = torch.zeros(parameter.shape)
-        if ".lora_A." in name:
+        if ".lora_A." in name or (name.startswith(HEAD) and parameter.ndim == 2):
             generator = torch.Generator().manual_seed(seed_of(seed, name))
             bound = 1 / math.sqrt(parameter.shape[1])
             whole.uniform_(-bound, bound, generator=generator)

@@ -70,10 +70,13 @@ def is_adapter(name: str) -> bool:
     return ".lora_" in name
 
 
+HEAD = "crepa_head."  # CREPA's projection head: trained and saved, in no checkpoint of diffusers
+
+
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """(name in the checkpoint, parameter) of everything that a checkpoint holds."""
     for name, parameter in model.named_parameters():
-        if not is_adapter(name):
+        if not is_adapter(name) and not name.startswith(HEAD):
             yield checkpoint_name(name), parameter
 
 

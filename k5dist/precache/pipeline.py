@@ -25,6 +25,7 @@ from k5dist.plan import RunPlan
 from k5dist.pools import Pool
 from k5dist.precache import stages, stream
 from k5dist.precache.attempts import Attempts
+from k5dist.precache.features import encode_features
 from k5dist.precache.sources import Listing, read_datasets
 from k5dist.precache.summary import Busy, Failure, Summary, bucket_name, write_ledger
 from k5dist.retry import StorageUnavailable
@@ -170,6 +171,7 @@ def _encode_clips(plan: RunPlan, listing: Listing, summary: Summary) -> pa.Table
     if not keys:
         say(f"clips: all {good.num_rows} are in the cache, nothing to encode")
         orders.finish(store, known)
+        known = _with_features(plan, good, by_key, known, summary)
         return _chosen(plan, listing, good, by_key, known)
     todo = dict(zip(keys, _take(good, [by_key[key][0] for key in keys]).to_pylist(), strict=True))
     with progress_bar("clips", len(todo)) as bar:
@@ -196,7 +198,23 @@ def _encode_clips(plan: RunPlan, listing: Listing, summary: Summary) -> pa.Table
         stream.consume(_clip_dataset(plan, todo, groups), count)
     known = store.keys()
     orders.finish(store, known | by_key.keys())
+    known = _with_features(plan, good, by_key, known, summary)
     return _chosen(plan, listing, good, by_key, known)
+
+
+def _with_features(
+    plan: RunPlan, good: pa.Table, by_key: dict[str, list[int]], known: set[str], summary: Summary
+) -> set[str]:
+    """Those of `known` that CREPA can use, where it is on: samples whose features cannot be encoded are failures."""
+    if not plan.features_id:
+        return known
+    keys = [key for key in by_key if key in known]
+    rows = dict(zip(keys, _take(good, [by_key[key][0] for key in keys]).to_pylist(), strict=True))
+    lost = encode_features(plan, rows, _resources(plan.pools.vae)) if rows else []
+    for row in lost:
+        summary.fail(_failure(row), bucket_name(row))
+    _check_failures(plan.config, summary)
+    return known - {row["key"] for row in lost}
 
 
 def _chosen(plan: RunPlan, listing: Listing, good: pa.Table, by_key: dict[str, list[int]], known: set[str]) -> pa.Table:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from k5dist import storage
 from k5dist.cache import layout, orders
 from k5dist.cache.shards import ShardStore
-from k5dist.cache.verify import Bad, prune, stores, verify, wanted_keys
+from k5dist.cache.verify import Bad, feature_stores, prune, stores, verify, wanted_keys
 from k5dist.console import progress_bar, say
 from k5dist.plan import RunPlan
 
@@ -54,6 +54,9 @@ def prune_cache(plan: RunPlan) -> int:
     """
     layout.check_header(plan.cache_uri, plan.cache_fingerprint)
     storage.remove(storage.join(plan.cache_uri, orders.FOLDER))  # of jobs that never came back
-    removed = prune(layout.samples(plan.cache_uri), wanted_keys(storage.normalise(plan.config.storage.root)))
+    wanted = wanted_keys(storage.normalise(plan.config.storage.root))
+    removed = prune(layout.samples(plan.cache_uri), wanted)
+    for store in feature_stores(plan.cache_uri):
+        prune(store, wanted)
     say(f"prune: {removed} samples that no run was begun with are gone from {plan.cache_uri}")
     return removed

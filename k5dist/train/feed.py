@@ -18,7 +18,7 @@ from k5dist import storage
 from k5dist.cache import layout
 from k5dist.cache.order import Batch, draw_caption, draw_key, epoch_batches, split_held_out
 from k5dist.cache.rows import Rows
-from k5dist.cache.shards import ShardStore, place, read_parquet
+from k5dist.cache.shards import Place, ShardStore, place, places, read_parquet
 from k5dist.config import ConfigError
 from k5dist.model.forward import Text
 from k5dist.plan import RunPlan
@@ -73,6 +73,8 @@ class Dataset:
     train_rows: list[int]
     held_out_rows: list[int]
     texts: TextStore
+    features: dict[str, Place] | None  # CREPA's, by key; None where it is off
+    feature_store: ShardStore
     pin: bool  # tensors in page-locked memory, from where a GPU takes them while it computes
 
     @classmethod
@@ -103,8 +105,15 @@ class Dataset:
             train_rows=train,
             held_out_rows=kept,
             texts=TextStore(cache_uri, encoding, texts, pin=pin),
+            features=_features(plan, keys),
+            feature_store=layout.features(cache_uri, plan.features_id or "none"),
             pin=pin,
         )
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of CREPA's features; 0 where it is off."""
+        return next(iter(self.features.values())).tensors[0][1][-1] if self.features else 0
 
     def read(self, row: int) -> Clip:
         """A clip as validation sees it: with the first of its captions."""
@@ -114,7 +123,11 @@ class Dataset:
     def read_drawn(self, row: int, copy: int, *, seed: int, epoch: int) -> Clip:
         """One of a clip's copies as training sees it in an epoch: with the caption that is drawn for it."""
         found, key = self._row(row), draw_key(self.keys[row], copy)
-        return self._clip(found, key, draw_caption(found["captions"], seed=seed, epoch=epoch, key=key))
+        clip = self._clip(found, key, draw_caption(found["captions"], seed=seed, epoch=epoch, key=key))
+        if self.features is None:
+            return clip
+        features = pinned(self.feature_store.read(self.features[self.keys[row]]), self.pin)
+        return dataclasses.replace(clip, features_ThwD=features["features"])
 
     def _row(self, row: int) -> dict[str, Any]:
         found = self.rows.row(row)
@@ -199,6 +212,21 @@ def _buckets(shapes: pa.Table) -> list[tuple[int, int, int]]:
 
 def _of(values: list[Any], indices: np.ndarray) -> list[Any]:
     return [values[at] for at in indices.tolist()]
+
+
+def _features(plan: RunPlan, keys: Sequence[str]) -> dict[str, Place] | None:
+    """Where CREPA's features of the run's samples are; raises ConfigError where some have none of its encoder."""
+    if not plan.features_id:
+        return None
+    table = layout.features(plan.cache_uri, plan.features_id).index()
+    found = dict(zip(table.column("key").to_pylist(), places(table), strict=True))
+    missing = sum(key not in found for key in keys)
+    if missing:
+        encoder = f"{plan.config.crepa.encoder} at {plan.config.crepa.encoder_size}"
+        rule = f"{missing} of the run's {len(keys)} samples have no features of {encoder} in the cache"
+        fix = "run with precache among the stages: it adds features alone; or crepa.enabled=false"
+        raise ConfigError("crepa.enabled", True, rule, fix)
+    return {key: found[key] for key in keys}
 
 
 @dataclass

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from k5dist.estimate import forward_flops, gpu_facts
+from k5dist.estimate import clip_flops, gpu_facts
 from k5dist.events import emit
 from k5dist.plan import RunPlan
 from k5dist.train.adaptive import Prodigy
@@ -215,13 +215,14 @@ class Trainer:
             "memory_gib": torch.cuda.max_memory_allocated() / 2**30,
             "memory_reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
         }
-        model, adapter = self.plan.config.model, self.plan.config.adapter
-        if model.is_sparse:  # the share of blocks that NABLA keeps is not known here, and dense FLOPs would flatter it
+        config = self.plan.config
+        # The share of blocks that NABLA keeps is not known here, and dense FLOPs would flatter it.
+        if config.model.is_sparse:
             return memory
         flops = 0.0
         for clip, _ in step.clips:
             text_tokens = clip.text.qwen_1LD.shape[1]
-            flops += forward_flops(model, clip.tokens, text_tokens=text_tokens).training(adapter)
+            flops += clip_flops(config, clip.token_shape, text_tokens=text_tokens).training(config.adapter)
         _, rate, _ = gpu_facts(torch.cuda.get_device_name())
         return memory | {"mfu": flops / (seconds * rate)}
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from k5dist.cache.keys import seed_of, unit_interval
-from k5dist.config import ModelConfig, TrainConfig
-from k5dist.model.forward import Text, predict_velocity
+from k5dist.config import PATCH, ModelConfig, Route, TrainConfig
+from k5dist.model.forward import Text, predict
+from k5dist.model.tread import Routing
 from k5dist.train.rollout import Rollout, roll_out, rollout_draw
 from k5dist.train.timesteps import loss_weight, shifted, sigma_at, stratum
 
@@ -36,10 +37,16 @@ class Clip:
     first_logvar_1HWC: Tensor | None
     text: Text
     mask_THW1: Tensor | None = None  # 0…1 where the loss counts; None: everywhere alike
+    features_ThwD: Tensor | None = None  # CREPA's, bf16
+
+    @property
+    def token_shape(self) -> tuple[int, int, int]:
+        frames, height, width = self.mean_THWC.shape[:3]
+        return frames, height // PATCH, width // PATCH
 
     @property
     def tokens(self) -> int:
-        return math.prod(self.mean_THWC.shape[:3]) // 4
+        return math.prod(self.token_shape)
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,8 @@ class Objective:
     device: torch.device
     dtype: torch.dtype
     reference_tokens: int | None = None  # of a clip at which `shift` holds; None: it holds for all
+    routes: tuple[Route, ...] = ()  # TREAD's, in training alone
+    crepa_weight: float = 0.0  # of the alignment with a clip's features, in training alone
 
     def sigma(self, uniform: float, tokens: int | None = None) -> float:
         """σ at a quantile, for a clip of `tokens`."""
@@ -88,14 +97,19 @@ class Objective:
         quantile: float | None = None,
         rollout: Rollout | None = None,
     ) -> Tensor:
-        """The weighted loss of one clip, fp32, scalar, at a quantile of σ (the clip's own where none is given)."""
+        """The weighted loss of one clip, with CREPA's alignment where it is on, fp32, scalar, at a quantile of σ (the
+        clip's own where none is given)."""
         where = (self.train.seed, epoch, clip.key)
         sigma = self.sigma(unit_interval(*where, "sigma") if quantile is None else quantile, clip.tokens)
         if rollout is not None:
             chosen = rollout_draw(*where) < rollout.chance and sigma >= rollout.min_sigma
             rollout = dataclasses.replace(rollout, chosen=chosen)
-        error = self._error(transformer, clip, text, sigma, where, draw=self.draw, rollout=rollout)
-        return self._mean(self._of_error(error), clip) * loss_weight(self.train, sigma)
+        routing = Routing(self.routes, seed_of(*where, "tread"), self.first_frame) if self.routes else None
+        error, alignment = self._error(
+            transformer, clip, text, sigma, where, draw=self.draw, rollout=rollout, routing=routing, align=True
+        )
+        loss = self._mean(self._of_error(error), clip) * loss_weight(self.train, sigma)
+        return loss if alignment is None else loss - self.crepa_weight * alignment
 
     @torch.no_grad()
     def validation_loss(self, transformer: nn.Module, clip: Clip, text: Text, level: int, levels: int) -> Tensor:
@@ -103,7 +117,8 @@ class Objective:
         mean; whatever loss and weights are trained with, so that runs compare."""
         where = (self.train.seed, "validation", level, clip.key)
         sigma = self.sigma((level + 0.5) / levels, clip.tokens)
-        return self._mean(self._error(transformer, clip, text, sigma, where, draw=False).square(), clip)
+        error, _ = self._error(transformer, clip, text, sigma, where, draw=False)
+        return self._mean(error.square(), clip)
 
     def _of_error(self, error: Tensor) -> Tensor:
         """Square, or pseudo-Huber 2c (√(e² + c²) − c): the square of small errors, times 2c of large ones
@@ -126,8 +141,8 @@ class Objective:
 
     def _error(
         self, transformer: nn.Module, clip: Clip, text: Text, sigma: float, where: tuple[object, ...], *, draw: bool,
-        rollout: Rollout | None = None,
-    ) -> Tensor:  # fmt: skip
+        rollout: Rollout | None = None, routing: Routing | None = None, align: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         clean = self._latents(clip.mean_THWC, clip.logvar_THWC, (*where, "posterior") if draw else None)
         noise = self._noise(clean.shape, (*where, "noise"))
         noisy, target = (1 - sigma) * clean + sigma * noise, noise - clean
@@ -135,23 +150,32 @@ class Objective:
             assert clip.first_mean_1HWC is not None and clip.first_logvar_1HWC is not None
             first = (*where, "first") if draw else None
             noisy[:1] = self._latents(clip.first_mean_1HWC, clip.first_logvar_1HWC, first)
+        features = None
+        if self.crepa_weight and align:
+            assert clip.features_ThwD is not None, "training with CREPA reads features"
+            features = clip.features_ThwD.to(self.device, non_blocking=True)
 
-        def velocity(noisy_THWC: Tensor, sigma: float) -> Tensor:
+        def forward(
+            noisy_THWC: Tensor, sigma: float, routing: Routing | None, features: Tensor | None
+        ) -> tuple[Tensor, Tensor | None]:
             # Filled, not copied: a copy from the host's ordinary memory would wait for all that the device has to do.
             timestep = torch.full((1,), TRAIN_TIMESTEPS * sigma, device=self.device, dtype=torch.float32)
             latents = noisy_THWC[None].to(self.dtype)
-            return predict_velocity(transformer, self.model, latents, self.first_frame, timestep, text)[0].float()
+            out, alignment = predict(
+                transformer, self.model, latents, self.first_frame, timestep, text, routing, features
+            )
+            return out[0].float(), alignment
 
         if rollout is not None:  # with forwards on every worker, whether its own clip is among those chosen or not
             sigmas = rollout.sigmas(sigma, self.shift_of(clip.tokens))
             start = (1 - sigmas[0]) * clean + sigmas[0] * noise
             free = 1 if self.first_frame else 0
             start[:free] = noisy[:free]
-            reached = roll_out(transformer, velocity, start, sigmas, first=free)
+            reached = roll_out(transformer, lambda x, s: forward(x, s, None, None)[0], start, sigmas, first=free)
             if rollout.chosen:
                 noisy, target = reached, (reached - clean) / sigma
-        error = velocity(noisy, sigma) - target
-        return error[1 if self.first_frame else 0 :]
+        velocity, alignment = forward(noisy, sigma, routing, features)
+        return (velocity - target)[1 if self.first_frame else 0 :], alignment
 
     def _latents(self, mean: Tensor, logvar: Tensor, where: tuple[object, ...] | None) -> Tensor:
         """Scaled latents, fp32: a keyed draw of the posterior, or its mean where `where` is None."""

@@ -124,6 +124,8 @@ def shard(transformer: VideoTransformer, mesh: DeviceMesh, dtype: torch.dtype) -
             fully_shard(module, mesh=fsdp_mesh, mp_policy=exact)
     for block in (*transformer.text_transformer_blocks, *transformer.visual_transformer_blocks):
         fully_shard(block, mesh=fsdp_mesh, mp_policy=policy)
+    if transformer.crepa_head is not None:
+        fully_shard(transformer.crepa_head, mesh=fsdp_mesh, mp_policy=policy)
     fully_shard(transformer, mesh=fsdp_mesh, mp_policy=policy)
     _order_backward(transformer)
 

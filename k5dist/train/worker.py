@@ -135,7 +135,13 @@ def build_trainer(plan: RunPlan, device: torch.device) -> tuple[Trainer, Dataset
     mesh = make_mesh(plan.world)
     lora = config.lora if config.adapter == "lora" else None
     transformer = build_transformer(
-        plan.pretrained, config.model, lora=lora, dtype=dtype, trained=trained_dtype(config.optimizer)
+        plan.pretrained,
+        config.model,
+        lora=lora,
+        dtype=dtype,
+        trained=trained_dtype(config.optimizer),
+        crepa=config.crepa,
+        feature_dim=dataset.feature_dim,
     )
     parameter_groups(transformer, config.optimizer)  # refuses what finds no weight, before any is allocated
     parallelise(transformer, mesh, config.train, plan.recompute)
@@ -155,6 +161,8 @@ def build_trainer(plan: RunPlan, device: torch.device) -> tuple[Trainer, Dataset
         device=device,
         dtype=dtype,
         reference_tokens=reference,
+        crepa_weight=config.crepa.weight if config.crepa.enabled else 0.0,
+        routes=config.tread.resolve(config.model.num_visual_blocks),
     )
     # Saves run on a thread: their collectives must not meet those of the loop, so each has a group of its own.
     checkpoints = Checkpoints(

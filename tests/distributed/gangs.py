@@ -46,6 +46,8 @@ def make_run(
     layout.write_selection(storage.join(plan.run_uri, layout.SELECTION), selected)
     texts = layout.captions(plan.cache_uri, plan_encoding(plan))
     layout.write_places(plan.run_uri, selected, layout.samples(plan.cache_uri), texts)
+    if plan.features_id and not layout.features(plan.cache_uri, plan.features_id).keys().issuperset(keys):
+        _write_features(plan, keys)
     return plan
 
 
@@ -90,6 +92,16 @@ def clip_record(key: str, bucket: Bucket, mean: torch.Tensor, *, first_frame: bo
     columns = {"frames": bucket.frames, "height": bucket.height, "width": bucket.width}
     columns |= {"frame_rate": 12.0, "crop": "center", "uri": f"{key}.mp4", "start": 0.0, "end": 1.4}
     return Record(key, _bits(tensors), columns | {"first_frame": first_frame})
+
+
+def _write_features(plan: RunPlan, keys: list[str]) -> None:
+    """Random features of CREPA's on the grid of the bucket."""
+    (bucket,), crepa = plan.buckets, plan.config.crepa
+    shape = (bucket.latent_shape[0], *crepa.grid(bucket.height, bucket.width), 12)
+    generator = torch.Generator().manual_seed(1)
+    features = {key: {"features": torch.randn(shape, generator=generator)} for key in keys}
+    records = [Record(key, _bits(tensors), {"uri": f"{key}.mp4"}) for key, tensors in features.items()]
+    layout.features(plan.cache_uri, plan.features_id).write(records)
 
 
 def _bits(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:

@@ -1,0 +1,49 @@
+"""CREPA on several workers: one alignment, however the clip's tokens and the head's weights are shared."""
+
+from pathlib import Path
+
+import pytest
+
+from k5dist import export, storage
+from k5dist.cache import layout
+from tests.distributed.gangs import Gang, make_run, train
+from tests.distributed.test_context import NABLA, STEPS
+from tests.distributed.test_tread import check_same
+
+pytestmark = pytest.mark.timeout(300)
+
+ON = ("crepa.enabled=true", "crepa.weight=0.3")
+ODD = ("data.resolution=[48,80]", "parallel.context=2")  # 75 tokens in frames of 15: a run ends within a frame
+
+
+def test_workers_that_share_clips_or_shards_align_as_one(tmp_path: Path, tiny_t2v: Path) -> None:
+    one, two, plain = (
+        make_run(tmp_path, tiny_t2v, name, *STEPS[:1], "data.resolution=[48,80]", *more, workers=workers)
+        for name, more, workers in (("one", ON, 1), ("two", (*ON, *ODD), 2), ("plain", (), 1))
+    )
+    results = train(one, two, plain)
+    check_same(results[1], results[0])
+    assert abs(results[0].losses[1] - results[2].losses[1]) > 1e-3, "it is aligned"
+    report = export.export_run(one)
+    assert report.error <= report.tolerance < report.difference_to_base, "without the head"
+    (shards,) = train(make_run(tmp_path, tiny_t2v, "shards", *STEPS[:1], ODD[0], *ON, workers=2))
+    check_same(shards, results[0])
+
+
+def test_tokens_in_nablas_order_meet_their_own_features(tmp_path: Path, tiny_nabla: Path) -> None:
+    settings = ("train.steps=3", "adapter=full", *NABLA, *ON)
+    one, two = train(
+        make_run(tmp_path, tiny_nabla, "one", *settings),
+        make_run(tmp_path, tiny_nabla, "two", *settings, "parallel.context=2", workers=2),
+    )
+    check_same(two, one)
+
+
+def test_a_cache_without_features_is_refused(tmp_path: Path, tiny_t2v: Path) -> None:
+    plan = make_run(tmp_path, tiny_t2v, "none", "train.steps=1", *ON)
+    storage.remove(layout.features(plan.cache_uri, plan.features_id).uri)
+    result = Gang(plan).result()
+    (error,) = result.events("config_error")
+    assert result.status != 0
+    assert error["key"] == "crepa.enabled"
+    assert "precache" in error["fix"]
