@@ -160,7 +160,7 @@ def _run_identity(config: RunConfig) -> dict[str, Any]:
     everything = config.to_mapping()
     keys = ("model", "adapter", "lora", "train", "optimizer")
     # These change how fast a step is, not what it computes (but for rounding).
-    speed = ("activation_checkpointing", "offload_gib", "compile", "attention")
+    speed = ("activation_checkpointing", "offload_gib", "stream_weights", "compile", "attention")
     train = {key: value for key, value in everything["train"].items() if key not in speed}
     identity = {key: everything[key] for key in keys} | {
         "train": train,

@@ -105,8 +105,10 @@ def build(benchmark: Benchmark, device: torch.device) -> nn.Module:
             transformer = VideoTransformer(config.model)
         adapt(transformer, lora, dtype, trained_dtype(config.optimizer))
         parallelise(transformer, mesh, config.train, plan.recompute)
-    allocate(transformer, device)
+    stream = allocate(transformer, device)
     randomise(transformer, device)
+    if stream is not None:
+        stream.start()
     return transformer.train()
 
 

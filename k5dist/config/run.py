@@ -71,6 +71,9 @@ class RunConfig:
         if self.ema.enabled and self.optimizer.kind == "adamw_schedulefree":
             rule = "a schedule-free optimiser's weights are an average already"
             raise ConfigError("ema.enabled", True, rule, "ema.enabled=false or optimizer.kind=adamw")
+        if self.train.stream_weights and self.adapter == "full":
+            rule = "frozen weights can wait in the host's memory; adapter=full trains them all"
+            raise ConfigError("train.stream_weights", True, rule, "adapter=lora or train.stream_weights=false")
         if self.model.is_sparse:
             self._check_nabla()
         for dataset in self.datasets:
