@@ -179,7 +179,7 @@ def _run_identity(config: RunConfig, features_id: str) -> dict[str, Any]:
     everything = config.to_mapping()
     keys = ("model", "adapter", "lora", "train", "optimizer")
     # These change how fast a step is, not what it computes (but for rounding).
-    speed = ("activation_checkpointing", "offload_gib", "compile", "attention")
+    speed = ("activation_checkpointing", "offload_gib", "stream_weights", "compile", "attention")
     train = {key: value for key, value in everything["train"].items() if key not in speed}
     # What is off is not in it: a run keeps its fingerprint when a release brings another method.
     routes = config.tread.resolve(config.model.num_visual_blocks)

@@ -107,8 +107,10 @@ def build(benchmark: Benchmark, device: torch.device) -> nn.Module:
         adapt(transformer, lora, dtype, trained)
         add_head(transformer, config.model, config.crepa, config.crepa.feature_dim, trained)
         parallelise(transformer, mesh, config.train, plan.recompute)
-    allocate(transformer, device)
+    stream = allocate(transformer, device)
     randomise(transformer, device)
+    if stream is not None:
+        stream.start()
     return transformer.train()
 
 

@@ -78,12 +78,7 @@ class RunConfig:
             rule = f"flavour {self.flavour.name} names no public repository"
             raise ConfigError("pretrained", None, rule, "pretrained=<hub id, local folder or s3:// URI>")
         self.optimizer.check_names((weight_names if self.adapter == "full" else adapter_names)(self.model))
-        if "ema" in self.validation.compare and not self.ema.enabled:
-            rule = "this run keeps no average of its weights"
-            raise ConfigError("validation.compare", list(self.validation.compare), rule, "ema.enabled=true")
-        if self.ema.enabled and self.optimizer.kind == "adamw_schedulefree":
-            rule = "a schedule-free optimiser's weights are an average already"
-            raise ConfigError("ema.enabled", True, rule, "ema.enabled=false or optimizer.kind=adamw")
+        self._check_weights()
         if self.model.is_sparse:
             self._check_nabla()
         for dataset in self.datasets:
@@ -103,6 +98,18 @@ class RunConfig:
         if self.flavour.task == "i2v" and self.validation_shape[0] < 17:
             rule = "the image-to-video pipeline normalises 5 latent frames after the first: at least 17 frames"
             raise ConfigError("validation.num_frames", self.validation_shape[0], rule, "validation.num_frames=17")
+
+    def _check_weights(self) -> None:
+        """What asks for an average of the weights, or for frozen ones."""
+        if "ema" in self.validation.compare and not self.ema.enabled:
+            rule = "this run keeps no average of its weights"
+            raise ConfigError("validation.compare", list(self.validation.compare), rule, "ema.enabled=true")
+        if self.ema.enabled and self.optimizer.kind == "adamw_schedulefree":
+            rule = "a schedule-free optimiser's weights are an average already"
+            raise ConfigError("ema.enabled", True, rule, "ema.enabled=false or optimizer.kind=adamw")
+        if self.train.stream_weights and self.adapter == "full":
+            rule = "frozen weights can wait in the host's memory; adapter=full trains them all"
+            raise ConfigError("train.stream_weights", True, rule, "adapter=lora or train.stream_weights=false")
 
     def _check_best(self) -> None:
         """What hangs on held-out losses needs them to be measured."""

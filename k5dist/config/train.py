@@ -19,6 +19,7 @@ class TrainConfig:
     precision: str
     activation_checkpointing: str
     offload_gib: float
+    stream_weights: bool
     compile: bool
     float8: bool
     attention: str

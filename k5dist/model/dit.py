@@ -26,6 +26,7 @@ from k5dist.model.nabla import NablaParameters
 from k5dist.model.recompute import run_block
 from k5dist.model.tokens import flatten, unflatten, unpatchify
 from k5dist.model.tread import Router, Routing, Visual
+from k5dist.model.weight_stream import WeightStream
 
 # Kept in fp32 whatever the run's precision, as diffusers keeps them (`_keep_in_fp32_modules`).
 FP32_MODULES = ("time_embeddings", "modulation", "visual_modulation", "text_modulation")
@@ -253,6 +254,7 @@ class VideoTransformer(nn.Module):
         super().__init__()
         channels = 2 * model.in_visual_dim + 1 if model.visual_cond else model.in_visual_dim
         self.context: ContextGroup | None = None
+        self.stream: WeightStream | None = None
         self.time_embeddings = TimeEmbedding(model.model_dim, model.time_dim)
         self.text_embeddings = TextEmbedding(model.in_text_dim, model.model_dim)
         self.pooled_text_embeddings = TextEmbedding(model.in_text_dim2, model.time_dim)

@@ -15,6 +15,7 @@ from k5dist.config import CrepaConfig, LoraConfig, ModelConfig
 from k5dist.model.crepa import CrepaHead
 from k5dist.model.dit import FP32_MODULES, VideoTransformer
 from k5dist.model.pretrained import check_architecture, component_uri, read_config
+from k5dist.model.weight_stream import WeightStream
 from k5dist.model.weights import HEAD, fill_shard, is_adapter, load_weights
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -100,18 +101,28 @@ def adapters_off(transformer: nn.Module) -> Iterator[None]:
 
 def materialise(transformer: nn.Module, pretrained: str, *, device: torch.device, seed: int) -> None:
     """Allocate the (sharded) parameters on `device` and fill them: base from the checkpoint, adapters from `seed`."""
-    allocate(transformer, device)
+    stream = allocate(transformer, device)
     load_weights(transformer, component_uri(pretrained, "transformer"))
     _initialise_adapters(transformer, seed)
+    if stream is not None:
+        stream.start()
 
 
-def allocate(transformer: nn.Module, device: torch.device) -> None:
-    """Parameters from meta to `device`, uninitialised; buffers (RoPE's tables, in no checkpoint) keep theirs."""
+def allocate(transformer: nn.Module, device: torch.device) -> WeightStream | None:
+    """Parameters from meta to `device`, uninitialised; buffers (RoPE's tables, in no checkpoint) keep theirs.
+
+    Where weights are streamed, those lie on the host and are to be filled there before the returned stream is started.
+    """
     buffers = {name: buffer.to(device) for name, buffer in transformer.named_buffers()}
-    transformer.to_empty(device=device)
+    stream = getattr(transformer, "stream", None)
+    elsewhere = stream.parameters if stream is not None else set()
+    transformer._apply(lambda t: t if t in elsewhere else torch.empty_like(t, device=device))
     for name, buffer in buffers.items():
         owner, _, attribute = name.rpartition(".")
         transformer.get_submodule(owner).register_buffer(attribute, buffer, persistent=False)
+    if stream is not None:
+        stream.allocate()
+    return stream
 
 
 def _initialise_adapters(transformer: nn.Module, seed: int) -> None:

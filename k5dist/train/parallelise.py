@@ -19,6 +19,7 @@ from k5dist.model.attention import prefer_flash
 from k5dist.model.context import ContextGroup
 from k5dist.model.dit import FP32_MODULES, VideoTransformer, VisualBlock
 from k5dist.model.float8 import use_float8
+from k5dist.model.weight_stream import WeightStream
 from k5dist.plan import World
 from k5dist.train.offload import Offload
 
@@ -45,12 +46,17 @@ def parallelise(transformer: VideoTransformer, mesh: DeviceMesh, train: TrainCon
     if train.float8:
         use_float8(transformer.visual_transformer_blocks, mesh.device_type)
     set_recompute(transformer, recompute)
+    if train.stream_weights:
+        transformer.stream = WeightStream(transformer.visual_transformer_blocks, _device(mesh))
     if train.compile and mesh.device_type == "cuda":
         compile_blocks(transformer)
         if recompute.offload:
-            device = torch.device("cuda", torch.cuda.current_device())
-            offload_blocks(transformer, Offload(recompute.offload, int(train.offload_gib * GIB), device))
+            offload_blocks(transformer, Offload(recompute.offload, int(train.offload_gib * GIB), _device(mesh)))
     shard(transformer, mesh, compute_dtype(train))
+
+
+def _device(mesh: DeviceMesh) -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
 
 
 def set_recompute(transformer: VideoTransformer, recompute: Recompute) -> None:
@@ -119,14 +125,15 @@ def shard(transformer: VideoTransformer, mesh: DeviceMesh, dtype: torch.dtype) -
     fsdp_mesh = mesh["replicate", "shards"] if mesh["replicate"].size() > 1 else shards
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     exact = MixedPrecisionPolicy(param_dtype=torch.float32, cast_forward_inputs=False)
+    streamed = transformer.stream.parameters if transformer.stream is not None else set()
     for path, module in transformer.named_modules():
-        if path.rsplit(".", 1)[-1] in FP32_MODULES:
+        if path.rsplit(".", 1)[-1] in FP32_MODULES and not streamed.issuperset(module.parameters()):
             fully_shard(module, mesh=fsdp_mesh, mp_policy=exact)
     for block in (*transformer.text_transformer_blocks, *transformer.visual_transformer_blocks):
-        fully_shard(block, mesh=fsdp_mesh, mp_policy=policy)
+        fully_shard(block, mesh=fsdp_mesh, mp_policy=policy, ignored_params=streamed)
     if transformer.crepa_head is not None:
         fully_shard(transformer.crepa_head, mesh=fsdp_mesh, mp_policy=policy)
-    fully_shard(transformer, mesh=fsdp_mesh, mp_policy=policy)
+    fully_shard(transformer, mesh=fsdp_mesh, mp_policy=policy, ignored_params=streamed)
     _order_backward(transformer)
 
 

@@ -100,6 +100,8 @@ BROKEN: list[tuple[list[str], str, Any, str]] = [
         "muon",
         "none of them is trained",
     ),
+    (["validation.compare=[ema]"], "validation.compare", ["ema"], "no average"),
+    (["adapter=full", "train.stream_weights=true"], "train.stream_weights", True, "trains them all"),
     (["ema.decay=1"], "ema.decay", 1, "stays a step"),
     (["ema.update_after=-1"], "ema.update_after", -1, "≥ 0"),
     (["ema.every=0"], "ema.every", 0, "greater than 0"),

@@ -12,7 +12,8 @@ from k5dist.compose import compose, to_run_config
 from k5dist.estimate import Recompute
 from k5dist.model.dit import VideoTransformer
 from k5dist.model.forward import Text, predict_velocity
-from k5dist.train.offload import HostMemory, Offload
+from k5dist.model.host_memory import HostMemory
+from k5dist.train.offload import Offload
 from k5dist.train.parallelise import compile_blocks, offload_blocks, set_recompute
 
 CPU = torch.device("cpu")
