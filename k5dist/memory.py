@@ -256,8 +256,12 @@ def _weights(config: RunConfig, world: World) -> float:
     """A frozen base lies in the compute type, but for what stays in fp32."""
     whole = _trained_bytes(config)
     if config.adapter != "full":
-        exact = estimate.exact_parameters(config.model)
-        whole += (estimate.parameters(config.model) - exact) * _element(config, world) + exact * FP32
+        model = config.model
+        base, exact = estimate.parameters(model), estimate.exact_parameters(model)
+        if config.train.stream_weights:  # those of two blocks are there: `gathered` has them
+            base -= model.num_visual_blocks * estimate.visual_block_parameters(model)
+            exact -= model.num_visual_blocks * estimate.visual_block_exact_parameters(model)
+        whole += (base - exact) * _element(config, world) + exact * FP32
     return whole / world.weight_shards
 
 

@@ -180,6 +180,15 @@ def test_workers_that_share_a_clip_hold_their_share_of_its_tokens() -> None:
     assert odd.kept == 60 * 48 * 4096 * 2
 
 
+def test_streamed_weights_are_on_the_gpu_two_blocks_at_a_time() -> None:
+    plain, streamed = predict(*PRO, gpus=1), predict(*PRO, "train.stream_weights=true", gpus=1)
+    model = configure(*PRO).model
+    exact, size = estimate.visual_block_exact_parameters(model), estimate.visual_block_parameters(model)
+    assert plain.weights - streamed.weights == 60 * (2 * (size - exact) + 4 * exact)
+    assert streamed.gathered == plain.gathered >= 2 * (2 * (size - exact) + 4 * exact)
+    assert dataclasses.replace(streamed, weights=plain.weights) == plain
+
+
 def test_latents_and_rope_tables_are_the_workspace() -> None:
     latents, tables = 31 * 64 * 96 * 16 * 4, 2 * TOKENS * 128 * 4
     assert predict(*DENSE).workspace == 8 * latents + tables
