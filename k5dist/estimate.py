@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from k5dist.config import ModelConfig
+from k5dist.config import LoraConfig, ModelConfig
 from k5dist.shapes import PATCH, Bucket
 
 MIB, GIB = 2**20, 2**30
@@ -91,12 +91,24 @@ def exact_parameters(model: ModelConfig) -> int:
     return text + model.num_visual_blocks * visual_block_exact_parameters(model) + root_exact_parameters(model)
 
 
-def lora_parameters(model: ModelConfig, rank: int, targets: str) -> int:
-    """Weights of rank-`rank` adapters on every text and visual block."""
-    dim = model.model_dim
-    attention = 4 * rank * 2 * dim
-    ffn = 2 * rank * (dim + model.ff_dim) if targets == "attention+ffn" else 0
-    return model.num_text_blocks * (attention + ffn) + model.num_visual_blocks * (2 * attention + ffn)
+def layer_shape(model: ModelConfig, layer: str) -> tuple[int, int]:
+    """(out, in) features of a block's linear layer."""
+    shapes = {"feed_forward.in_layer": (model.ff_dim, model.model_dim)}
+    shapes["feed_forward.out_layer"] = (model.model_dim, model.ff_dim)
+    return shapes.get(layer, (model.model_dim, model.model_dim))
+
+
+def _blocks(model: ModelConfig) -> dict[str, int]:
+    return {"text": model.num_text_blocks, "visual": model.num_visual_blocks}
+
+
+def lora_parameters(model: ModelConfig, lora: LoraConfig) -> int:
+    """Weights of the adapters: two factors a layer, with DoRA a length a row."""
+    count = 0
+    for kind, layers in lora.layers.items():
+        shapes = [layer_shape(model, layer) for layer in layers]
+        count += _blocks(model)[kind] * sum(lora.rank * (n + k) + lora.use_dora * n for n, k in shapes)
+    return count
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ pipeline itself with the export and compares its latents with those the trained 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,15 @@ from k5dist import storage
 from k5dist.config import ConfigError
 from k5dist.model.attention import Rope, attend, rotate
 from k5dist.model.forward import nabla_parameters
-from k5dist.model.pretrained import component_folder
+from k5dist.model.lora_files import LORA_FILE
+from k5dist.model.pretrained import component_folder, component_uri
+from k5dist.model.quantised import round_blocks
 from k5dist.model.transformer import build_transformer
+from k5dist.model.weights import stored_tensors
 from k5dist.plan import RunPlan
 from k5dist.train.checkpoint import committed_steps, step_folder
 from k5dist.train.validate import probe_uri, read_tensors
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 REPORT = "export.json"
 _SHARD_BYTES = 5 * 2**30
 TOLERANCE = {"fp32": 1e-3, "bf16": 6e-2}  # relative error of two guided steps; RoPE rounds q and k to bf16 in any case
@@ -49,6 +52,7 @@ class ExportReport:
     error: float
     tolerance: float
     difference_to_base: float
+    merged_error: float | None = None  # of the transformer with the LoRA merged, where one was asked for
 
 
 def export_run(plan: RunPlan) -> ExportReport:
@@ -63,7 +67,7 @@ def export_run(plan: RunPlan) -> ExportReport:
         rule = "the run has no committed checkpoint to export"
         raise ConfigError("stages", list(plan.config.stages), rule, "run with train among the stages")
     target = storage.join(plan.run_uri, "export")
-    done = _finished(target, steps[-1])
+    done = _finished(target, steps[-1], merged=plan.config.export.merge)
     if done:
         return done
     with storage.scratch_folder("export") as folder:
@@ -74,12 +78,15 @@ def export_run(plan: RunPlan) -> ExportReport:
         )
         if plan.config.adapter == "lora":
             _write_lora(plan, checkpoint, out)
+            if plan.config.export.merge:
+                _write_merged(plan, checkpoint, out / "transformer")
         else:
             _write_transformer(plan, checkpoint, out / "transformer")
-        error, difference = _verify(plan, out)
+        error, difference, merged = _verify(plan, out)
         files = tuple(sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()))
         tolerance = TOLERANCE[plan.config.train.precision]
-        report = ExportReport(steps[-1], target, files, error, tolerance, difference)
+        report = ExportReport(steps[-1], target, files, error, tolerance, difference, merged)
+        error = error if merged is None else max(error, merged)
         if not error <= tolerance:
             raise ExportMismatch(
                 f"the exported model's latents differ from the trained model's by {error:.2e} (allowed {tolerance:.0e})"
@@ -89,12 +96,13 @@ def export_run(plan: RunPlan) -> ExportReport:
     return report
 
 
-def _finished(target: str, step: int) -> ExportReport | None:
+def _finished(target: str, step: int, *, merged: bool) -> ExportReport | None:
     uri = storage.join(target, REPORT)
     if not storage.exists(uri):
         return None
     found = json.loads(storage.read_text(uri))
-    return ExportReport(**{**found, "files": tuple(found["files"])}) if found["step"] == step else None
+    report = ExportReport(**{**found, "files": tuple(found["files"])})
+    return report if report.step == step and (report.merged_error is not None or not merged) else None
 
 
 def _model_tensors(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
@@ -132,20 +140,48 @@ def _write_lora(plan: RunPlan, checkpoint: Path, out: Path) -> None:
 
 
 def _write_transformer(plan: RunPlan, checkpoint: Path, out: Path) -> None:
+    entries = _model_tensors(checkpoint)
+    sizes = {name: entry.size.numel() for name, entry in entries.items()}
+    _write_folder(plan, sizes, lambda names: _read(checkpoint, {name: entries[name] for name in names}), out)
+
+
+def _write_merged(plan: RunPlan, checkpoint: Path, out: Path) -> None:
+    """The base with its adapters added to its weights, in fp32 and from the checkpoint's own weights, quantised or not
+    in training: W + s B A, with DoRA each row at its trained length."""
+    adapters = _read(checkpoint, _model_tensors(checkpoint))
+    base = stored_tensors(component_uri(plan.pretrained, "transformer"))
+
+    def merged(name: str) -> Tensor:
+        weight = base[name].read_rows(0, base[name].shape[0])
+        path = name.removesuffix(".weight")
+        parts = {p: adapters.get(f"{path}.{p}.default.weight") for p in ("lora_A", "lora_B", "lora_magnitude_vector")}
+        first, second, lengths = parts.values()
+        if first is None or second is None:
+            return weight
+        whole = weight.float() + plan.config.lora.scale * second.float() @ first.float()
+        return whole if lengths is None else whole * (lengths.float() / whole.norm(dim=1))[:, None]
+
+    sizes = {name: math.prod(tensor.shape) for name, tensor in base.items()}
+    _write_folder(plan, sizes, lambda names: {name: merged(name) for name in names}, out)
+
+
+def _write_folder(
+    plan: RunPlan, sizes: dict[str, int], read: Callable[[list[str]], dict[str, Tensor]], out: Path
+) -> None:
     """A diffusers folder, written a few GiB at a time, in the types the model computed with."""
     from diffusers import Kandinsky5Transformer3DModel
 
     out.mkdir(parents=True)
     keep_fp32 = tuple(Kandinsky5Transformer3DModel._keep_in_fp32_modules)
     compute = torch.bfloat16 if plan.config.train.precision == "bf16" else torch.float32
-    groups = list(_groups(_model_tensors(checkpoint)))
+    groups = list(_groups(sizes))
     weight_map = {}
     for number, group in enumerate(groups, start=1):
         suffix = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
         file = f"diffusion_pytorch_model{suffix}.safetensors"
         tensors = {
             name: tensor.to(torch.float32 if any(p in keep_fp32 for p in name.split(".")) else compute)
-            for name, tensor in _read(checkpoint, group).items()
+            for name, tensor in read(group).items()
         }
         safetensors.torch.save_file(tensors, out / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
@@ -156,44 +192,61 @@ def _write_transformer(plan: RunPlan, checkpoint: Path, out: Path) -> None:
     (out / "config.json").write_bytes(config.read_bytes())
 
 
-def _groups(entries: dict[str, TensorStorageMetadata]) -> Iterator[dict[str, TensorStorageMetadata]]:
-    group: dict[str, TensorStorageMetadata] = {}
+def _groups(sizes: dict[str, int]) -> Iterator[list[str]]:
+    group: list[str] = []
     size = 0
-    for name, entry in sorted(entries.items()):
-        size += entry.size.numel() * 4
-        group[name] = entry
+    for name, numbers in sorted(sizes.items()):
+        size += numbers * 4
+        group.append(name)
         if size >= _SHARD_BYTES:
             yield group
-            group, size = {}, 0
+            group, size = [], 0
     if group:
         yield group
 
 
-def _verify(plan: RunPlan, out: Path) -> tuple[float, float]:
-    """Relative errors of the pipeline's latents: with the export against the trained model, and base against it."""
+def _verify(plan: RunPlan, out: Path) -> tuple[float, float, float | None]:
+    """Relative errors of the pipeline's latents against the trained model's: with the export, with the base alone, and
+    with the merged transformer.
+
+    Adapters that were trained on a quantised base are proved on such a base. Merged they belong to the true one, on
+    which the trained model never was: there the merged transformer is held against base and adapter.
+    """
+    lora = plan.config.lora if plan.config.adapter == "lora" else None
     probe = read_tensors(probe_uri(plan))
     trained = probe["latents"].float()
     base_folder = component_folder(plan.pretrained, "transformer")
-    base = _pipeline(plan, base_folder)
+    base = _pipeline(plan, base_folder, lora.base_dtype if lora else None)
     if "first_frame" in probe:  # the pipeline evens out the first frames after sampling
         trained = base.normalize_first_frame(trained[None])[0]
     difference = _relative_error(_sample(plan, base, probe), trained)
-    if plan.config.adapter == "lora":
+    if lora is not None:
         base.load_lora_weights(str(out), weight_name=LORA_FILE)
         exported = base
     else:
         del base
         exported = _pipeline(plan, out / "transformer")
-    return _relative_error(_sample(plan, exported, probe), trained), difference
+    error = _relative_error(_sample(plan, exported, probe), trained)
+    if lora is None or not plan.config.export.merge:
+        return error, difference, None
+    if lora.base_dtype:
+        exported = _pipeline(plan, base_folder)
+        exported.load_lora_weights(str(out), weight_name=LORA_FILE)
+        trained = _sample(plan, exported, probe)
+    del base, exported
+    merged = _sample(plan, _pipeline(plan, out / "transformer"), probe)
+    return error, difference, _relative_error(merged, trained)
 
 
-def _pipeline(plan: RunPlan, transformer_folder: Path) -> Any:
+def _pipeline(plan: RunPlan, transformer_folder: Path, rounded_to: str | None = None) -> Any:
     from diffusers import Kandinsky5I2VPipeline, Kandinsky5T2VPipeline, Kandinsky5Transformer3DModel
 
     from k5dist.model.sample import load_scheduler
 
     dtype = torch.bfloat16 if plan.config.train.precision == "bf16" else torch.float32
     transformer = Kandinsky5Transformer3DModel.from_pretrained(str(transformer_folder), torch_dtype=dtype)
+    if rounded_to:
+        round_blocks(transformer, rounded_to)
     nothing: Any = None
     image_to_video = plan.config.flavour.task == "i2v"
     pipeline = (Kandinsky5I2VPipeline if image_to_video else Kandinsky5T2VPipeline)(

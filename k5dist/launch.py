@@ -43,11 +43,20 @@ def plan_run(config: RunConfig) -> RunPlan:
         facts = ClusterFacts(1, None, assumed=True)
     if not only_planning:
         pretrained.check(config)
-    plan = make_plan(config, facts, _identity(config, only_planning))
+    plan = make_plan(config, facts, _identity(config, only_planning), _lora_identity(config))
     fit.check(config, facts)
     if plan.tracking_uri:
         return plan
     return dataclasses.replace(plan, tracking_uri=default_tracking_uri(storage.normalise(config.storage.root)))
+
+
+def _lora_identity(config: RunConfig) -> str:
+    if config.adapter != "lora" or config.lora.init_from is None:
+        return ""
+    from k5dist.model import lora_files
+
+    lora_files.check(config.lora, config.model)
+    return lora_files.identity(config.lora)
 
 
 def _identity(config: RunConfig, only_planning: bool) -> str:

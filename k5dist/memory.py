@@ -96,7 +96,7 @@ class Memory:
 def trainable_parameters(config: RunConfig) -> int:
     if config.adapter == "full":
         return estimate.parameters(config.model)
-    return estimate.lora_parameters(config.model, config.lora.rank, config.lora.targets)
+    return estimate.lora_parameters(config.model, config.lora)
 
 
 def predict(config: RunConfig, world: World, bucket: Bucket, recompute: Recompute) -> Memory:

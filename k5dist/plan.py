@@ -84,17 +84,17 @@ class RunPlan:
         return cls(**body)
 
 
-def make_plan(config: RunConfig, facts: ClusterFacts, pretrained_identity: str) -> RunPlan:
+def make_plan(config: RunConfig, facts: ClusterFacts, pretrained_identity: str, lora_identity: str = "") -> RunPlan:
     """Derive the plan.
 
     `pretrained_identity` stands for the checkpoint's content: a hub id, a digest, or the generator's
-    version.
+    version. `lora_identity` stands for the LoRA that adapters start from.
 
     Raises:
         ConfigError: where degrees, world size and batch do not fit together.
     """
     world = make_world(config, facts)
-    config = _with_batch(_with_absolute_sources(config), world.data_parallel)
+    config = _with_batch(_with_absolute_sources(config, lora_identity), world.data_parallel)
     assert config.train.batch_size is not None
     if config.train.batch_size % world.data_parallel:
         degree = world.data_parallel
@@ -103,7 +103,7 @@ def make_plan(config: RunConfig, facts: ClusterFacts, pretrained_identity: str) 
         raise ConfigError("train.batch_size", config.train.batch_size, rule, f"train.batch_size={near}")
     buckets = tuple(dict.fromkeys(b for dataset in config.datasets for b in dataset.buckets(config.side_unit)))
     cache_fingerprint = _fingerprint(_cache_identity(config, pretrained_identity))
-    run_fingerprint = _fingerprint({"cache": cache_fingerprint, **_run_identity(config)})
+    run_fingerprint = _fingerprint({"cache": cache_fingerprint, **_run_identity(config, lora_identity)})
     root = storage.normalise(config.storage.root)
     name = config.name or f"{config.flavour.name}-{run_fingerprint}"
     return RunPlan(
@@ -122,12 +122,19 @@ def make_plan(config: RunConfig, facts: ClusterFacts, pretrained_identity: str) 
     )
 
 
-def _with_absolute_sources(config: RunConfig) -> RunConfig:
+def _with_absolute_sources(config: RunConfig, lora_identity: str) -> RunConfig:
     """Workers have other working folders than the person who typed a relative path."""
     data = config.data
     source = data.source and storage.stable_name(data.source)
     named = {name: {**entry, "source": storage.stable_name(entry["source"])} for name, entry in data.datasets.items()}
-    return dataclasses.replace(config, data=dataclasses.replace(data, source=source, datasets=named))
+    lora = config.lora
+    is_place = lora.init_from is not None and not lora_identity.startswith("hub:")
+    init_from = storage.stable_name(lora.init_from) if is_place and lora.init_from else lora.init_from
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(data, source=source, datasets=named),
+        lora=dataclasses.replace(lora, init_from=init_from),
+    )
 
 
 def _checkpoint_uri(config: RunConfig, identity: str) -> str:
@@ -156,8 +163,9 @@ def _cache_identity(config: RunConfig, pretrained_identity: str) -> dict[str, An
     }
 
 
-def _run_identity(config: RunConfig) -> dict[str, Any]:
+def _run_identity(config: RunConfig, lora_identity: str) -> dict[str, Any]:
     everything = config.to_mapping()
+    everything["lora"]["init_from"] = lora_identity  # what it is, not where it lies
     keys = ("model", "adapter", "lora", "train", "optimizer")
     # These change how fast a step is, not what it computes (but for rounding).
     speed = ("activation_checkpointing", "offload_gib", "compile", "attention")

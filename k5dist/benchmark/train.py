@@ -111,6 +111,8 @@ def randomise(transformer: nn.Module, device: torch.device) -> None:
     for at, (name, parameter) in enumerate(transformer.named_parameters()):
         if parameter.ndim == 1 and "norm" in name and name.endswith("weight"):
             parameter.fill_(1.0)
+        elif name.endswith((".scale", ".lora_magnitude_vector.default.weight")):  # of quantised rows, of DoRA's
+            parameter.fill_(1e-3 if name.endswith(".scale") else 1.0)
         elif parameter.ndim == 1 or (is_adapter(name) and ".lora_B." in name):
             parameter.zero_()
         else:

@@ -5,7 +5,9 @@ the keys stand in one place, `conf/`; this package holds none, so a key that is 
 """
 
 from k5dist.config.cluster import ClusterConfig, ParallelConfig, StorageConfig, TrackingConfig
-from k5dist.config.model import FlavourConfig, LoraConfig, ModelConfig
+from k5dist.config.export import ExportConfig
+from k5dist.config.lora import LoraConfig
+from k5dist.config.model import FlavourConfig, ModelConfig
 from k5dist.config.precache import PrecacheConfig
 from k5dist.config.run import STAGES, RunConfig
 from k5dist.config.train import CHECKPOINTING, OptimizerConfig, TrainConfig
@@ -24,6 +26,7 @@ __all__ = [
     "CheckpointConfig",
     "ClusterConfig",
     "ConfigError",
+    "ExportConfig",
     "FlavourConfig",
     "LoraConfig",
     "ModelConfig",

@@ -24,6 +24,7 @@ class TrainConfig:
     timestep_std: float
     timestep_shift: float | None
     caption_dropout: float
+    first_frame_dropout: float
 
     def __post_init__(self) -> None:
         positive("train.steps", self.steps)
@@ -42,6 +43,9 @@ class TrainConfig:
         if not 0 <= self.caption_dropout <= 1:
             rule = "a probability, 0 ≤ p ≤ 1"
             raise ConfigError("train.caption_dropout", self.caption_dropout, rule, "train.caption_dropout=0.1")
+        if not 0 <= self.first_frame_dropout <= 1:
+            rule, fix = "a probability, 0 ≤ p ≤ 1", "train.first_frame_dropout=0.2"
+            raise ConfigError("train.first_frame_dropout", self.first_frame_dropout, rule, fix)
         if self.timestep_shift is not None:
             positive("train.timestep_shift", self.timestep_shift)
 

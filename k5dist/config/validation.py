@@ -13,6 +13,7 @@ RECOMMENDED_GUIDANCE = (2.0, 6.0)
 @dataclasses.dataclass(frozen=True)
 class ValidationConfig:
     prompts: tuple[str, ...]
+    images: tuple[str, ...]
     negative_prompt: str
     every: int
     guidance: float

@@ -61,35 +61,47 @@ class Objective:
     def drops_caption(self, key: str, epoch: int) -> bool:
         return unit_interval(self.train.seed, epoch, key, "caption") < self.train.caption_dropout
 
+    def drops_first_frame(self, key: str, epoch: int) -> bool:
+        """Whether an image-to-video run sees the clip as text-to-video: mask 0, frame 0 noisy, loss over all frames."""
+        return unit_interval(self.train.seed, epoch, key, "first frame") < self.train.first_frame_dropout
+
     def training_loss(self, transformer: nn.Module, clip: Clip, text: Text, epoch: int) -> Tensor:
         """Mean squared error of one clip, fp32, scalar."""
         where = (self.train.seed, epoch, clip.key)
         sigma = self.sigma(unit_interval(*where, "sigma"))
-        return self._loss(transformer, clip, text, sigma, where, draw=self.draw)
+        first_frame = self.first_frame and not self.drops_first_frame(clip.key, epoch)
+        return self._loss(transformer, clip, text, sigma, where, draw=self.draw, first_frame=first_frame)
 
     @torch.no_grad()
     def validation_loss(self, transformer: nn.Module, clip: Clip, text: Text, level: int, levels: int) -> Tensor:
         """The same at the fixed timestep `level` of `levels` strata, with fixed noise and the posterior's mean."""
         where = (self.train.seed, "validation", level, clip.key)
-        return self._loss(transformer, clip, text, self.sigma((level + 0.5) / levels), where, draw=False)
+        sigma = self.sigma((level + 0.5) / levels)
+        return self._loss(transformer, clip, text, sigma, where, draw=False, first_frame=self.first_frame)
 
     def _loss(
-        self, transformer: nn.Module, clip: Clip, text: Text, sigma: float, where: tuple[object, ...], *, draw: bool
+        self,
+        transformer: nn.Module,
+        clip: Clip,
+        text: Text,
+        sigma: float,
+        where: tuple[object, ...],
+        *,
+        draw: bool,
+        first_frame: bool,
     ) -> Tensor:
         clean = self._latents(clip.mean_THWC, clip.logvar_THWC, (*where, "posterior") if draw else None)
         noise = self._noise(clean.shape, (*where, "noise"))
         noisy = (1 - sigma) * clean + sigma * noise
-        if self.first_frame:
+        if first_frame:
             assert clip.first_mean_1HWC is not None and clip.first_logvar_1HWC is not None
             first = (*where, "first") if draw else None
             noisy[:1] = self._latents(clip.first_mean_1HWC, clip.first_logvar_1HWC, first)
         # Filled, not copied: a copy from the host's ordinary memory would wait for all that the device has to do.
         timestep = torch.full((1,), TRAIN_TIMESTEPS * sigma, device=self.device, dtype=torch.float32)
-        velocity = predict_velocity(
-            transformer, self.model, noisy[None].to(self.dtype), self.first_frame, timestep, text
-        )[0]
+        velocity = predict_velocity(transformer, self.model, noisy[None].to(self.dtype), first_frame, timestep, text)[0]
         error = velocity.float() - (noise - clean)
-        return error[1 if self.first_frame else 0 :].square().mean()
+        return error[1 if first_frame else 0 :].square().mean()
 
     def _latents(self, mean: Tensor, logvar: Tensor, where: tuple[object, ...] | None) -> Tensor:
         """Scaled latents, fp32: a keyed draw of the posterior, or its mean where `where` is None."""

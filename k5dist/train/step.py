@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from k5dist.cache.keys import seed_of
 from k5dist.model.forward import Text
+from k5dist.model.lora import dropout_key
 from k5dist.plan import RunPlan
 from k5dist.train.feed import Step, TextStore
 from k5dist.train.objective import Clip, Objective
@@ -31,6 +32,7 @@ class TrainStep:
 
     def __post_init__(self) -> None:
         self.parameters = list(trainable_parameters(self.transformer).values())
+        self.dropout = dropout_key(self.transformer)
 
     def update(self, step: Step, number: int) -> tuple[float, float]:
         """Take optimiser step `number` (from 1 on): the batch's mean loss and the gradient's norm before clipping.
@@ -39,13 +41,15 @@ class TrainStep:
         """
         config, world = self.plan.config, self.plan.world
         set_learning_rate(self.optimiser, learning_rate(config.optimizer, number, config.train.steps))
-        # What is not drawn by a clip's own key (an adapter's dropout, say) is a function of step and worker; workers
-        # that share a clip draw alike.
+        # What is not drawn by a clip's own key is a function of step and worker; workers that share a clip draw alike.
         torch.manual_seed(seed_of(config.train.seed, "step", number - 1, dist.get_rank() // world.context))
         total = torch.zeros((), device=self.objective.device)
         scale = world.data_parallel / step.num_real  # FSDP2 averages over data-parallel (× context) workers
         for i, (clip, weight) in enumerate(step.clips):
             set_gradient_sync(self.transformer, last=i == len(step.clips) - 1, full=config.adapter == "full")
+            if self.dropout is not None:
+                key = seed_of(config.train.seed, step.epoch, clip.key, "adapter dropout")
+                self.dropout.set(key, self.objective.device)
             loss = self.objective.training_loss(self.transformer, clip, self._text(step, clip), step.epoch)
             (loss * (weight * scale)).backward()
             total += loss.detach() * weight

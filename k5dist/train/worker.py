@@ -126,7 +126,7 @@ def build_trainer(plan: RunPlan, device: torch.device) -> tuple[Trainer, Dataset
         plan.pretrained, config.model, lora=lora, dtype=dtype, trained=trained_dtype(config.optimizer)
     )
     parallelise(transformer, mesh, config.train, plan.recompute)
-    materialise(transformer, plan.pretrained, device=device, seed=config.train.seed)
+    materialise(transformer, plan.pretrained, device=device, seed=config.train.seed, lora=lora)
     transformer.train()
     shift = config.train.timestep_shift
     objective = Objective(

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from k5dist.compose import compose, to_run_config
-from k5dist.config import LoraConfig, OptimizerConfig
+from k5dist.config import OptimizerConfig
 from k5dist.model.dit import FP32_MODULES
 from k5dist.model.transformer import build_transformer
 from k5dist.model.weights import is_adapter
 from k5dist.train.optimiser import make_optimiser, optimiser_tensors, set_learning_rate, trained_dtype
 from k5dist.train.stochastic import StochasticAdamW, round_by_chance
+from tests.unit.models import lora_config
 
 CPU = torch.device("cpu")
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -240,7 +241,7 @@ def test_trained_weights_are_stored_in_bf16_but_for_the_modules_in_fp32(tmp_path
     model = to_run_config(compose(["+flavour=t2v-tiny"])).model
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer" / "config.json").write_text(json.dumps(dataclasses.asdict(model)))
-    lora = LoraConfig(rank=2, alpha=2.0, targets="attention+ffn") if adapter == "lora" else None
+    lora = lora_config(2, 2.0, "attention+ffn") if adapter == "lora" else None
     # Where adapters are trained, the base has a type of its own: told apart by fp32 here.
     transformer = build_transformer(str(tmp_path), model, lora=lora, dtype=FP32, trained=trained_dtype(CONFIG))
     kept, stored = set(), {}
