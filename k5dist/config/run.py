@@ -124,7 +124,7 @@ class RunConfig:
         sides = self.validation_shape[1:]
         if validation.prompts and not validation.images and sides not in self.resolutions:
             rule = (
-                "without validation.images a video begins with a cached clip's first frame: sides of one of the buckets"
+                "without validation.images videos begin with cached clips' first frames: sides of one of the buckets"
             )
             fix = f"validation.resolution=[{','.join(map(str, self.resolutions[0]))}], or set validation.images"
             raise ConfigError("validation.resolution", list(sides), rule, fix)
