@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from k5dist.config import LoraConfig, ModelConfig
+from k5dist.config import BLOCK_LAYERS, LoraConfig, ModelConfig
 from k5dist.shapes import PATCH, Bucket
 
 MIB, GIB = 2**20, 2**30
@@ -96,6 +96,16 @@ def layer_shape(model: ModelConfig, layer: str) -> tuple[int, int]:
     shapes = {"feed_forward.in_layer": (model.ff_dim, model.model_dim)}
     shapes["feed_forward.out_layer"] = (model.model_dim, model.ff_dim)
     return shapes.get(layer, (model.model_dim, model.model_dim))
+
+
+def block_linear_parameters(model: ModelConfig, kind: str) -> int:
+    """Weights, without biases, of the linear layers of a text or visual block: what `lora.base_dtype` stores."""
+    return sum(n * k for n, k in (layer_shape(model, layer) for layer in BLOCK_LAYERS[kind]))
+
+
+def linear_parameters(model: ModelConfig) -> int:
+    """The same of all blocks."""
+    return sum(count * block_linear_parameters(model, kind) for kind, count in _blocks(model).items())
 
 
 def _blocks(model: ModelConfig) -> dict[str, int]:

@@ -43,6 +43,8 @@ def plan_run(config: RunConfig) -> RunPlan:
         facts = ClusterFacts(1, None, assumed=True)
     if not only_planning:
         pretrained.check(config)
+        for uri in config.validation.images:
+            storage.check_readable("validation.images", uri)
     plan = make_plan(config, facts, _identity(config, only_planning), _lora_identity(config))
     fit.check(config, facts)
     if plan.tracking_uri:

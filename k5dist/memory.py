@@ -229,7 +229,21 @@ def _weights(config: RunConfig, world: World) -> float:
     if config.adapter != "full":
         exact = estimate.exact_parameters(config.model)
         whole += (estimate.parameters(config.model) - exact) * _element(config, world) + exact * FP32
+        whole -= _saved_a_weight(config, world) * estimate.linear_parameters(config.model)
     return whole / world.weight_shards
+
+
+def _saved_a_weight(config: RunConfig, world: World) -> int:
+    """Bytes that `lora.base_dtype` takes off each weight of the blocks' linear layers. (Scales, one a row, are small.)"""
+    return _element(config, world) - 1 if config.adapter == "lora" and config.lora.base_dtype else 0
+
+
+def _made_anew(config: RunConfig, world: World) -> float:
+    """The largest layer's weight, whole: out of its bytes in the compute type, for DoRA's norm in fp32."""
+    if config.adapter == "full":
+        return 0
+    size = (_element(config, world) if config.lora.base_dtype else 0) + (FP32 if config.lora.use_dora else 0)
+    return config.model.model_dim * config.model.ff_dim * size
 
 
 def _gradients(config: RunConfig, world: World, blocks: int) -> float:
@@ -256,6 +270,8 @@ def _gathered(config: RunConfig, world: World) -> float:
     root, root_exact = estimate.root_parameters(model), estimate.root_exact_parameters(model)
     size = GATHERED_BLOCKS * (element * (block - block_exact) + FP32 * block_exact)
     size += element * (root - root_exact) + FP32 * root_exact
+    size -= GATHERED_BLOCKS * _saved_a_weight(config, world) * estimate.block_linear_parameters(model, "visual")
+    size += _made_anew(config, world)
     if config.adapter == "full":
         size += GRADIENT_BLOCKS * block * element + REDUCED_BLOCKS * block * FP32
     return size

@@ -123,9 +123,7 @@ class RunConfig:
             raise ConfigError("validation.images", list(validation.images), rule, "as many of both, or no images")
         sides = self.validation_shape[1:]
         if validation.prompts and not validation.images and sides not in self.resolutions:
-            rule = (
-                "without validation.images videos begin with cached clips' first frames: sides of one of the buckets"
-            )
+            rule = "without validation.images videos begin with cached clips' first frames: sides of one of the buckets"
             fix = f"validation.resolution=[{','.join(map(str, self.resolutions[0]))}], or set validation.images"
             raise ConfigError("validation.resolution", list(sides), rule, fix)
 

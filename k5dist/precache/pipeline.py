@@ -24,6 +24,7 @@ from k5dist.estimate import sample_cache_bytes
 from k5dist.plan import RunPlan
 from k5dist.precache import stages, stream
 from k5dist.precache.attempts import Attempts
+from k5dist.precache.images import encode_images
 from k5dist.precache.sources import Listing, read_datasets
 from k5dist.precache.summary import Failure, Summary, bucket_name, write_ledger
 from k5dist.retry import StorageUnavailable
@@ -83,6 +84,9 @@ def precache(plan: RunPlan, listing: Listing) -> Summary:
     try:
         _encode_captions(plan, encoding, _all_captions(plan, listing), summary)
         chosen = _encode_clips(plan, listing, summary)
+        if plan.config.validation.images:
+            device, resources = _accelerator(plan)
+            ray.get(ray.remote(**resources)(encode_images).remote(plan, device))
     except BaseException as error:
         if not isinstance(error, StorageUnavailable):  # the ledger would only wait for it once more
             _write_ledger(plan, listing, summary)

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from k5dist import storage
+from k5dist.cache import layout
 from k5dist.cache.keys import seed_of
-from k5dist.config import RunConfig
+from k5dist.config import ConfigError, RunConfig
 from k5dist.estimate import Bucket
 from k5dist.events import emit
 from k5dist.model.forward import Text
@@ -40,7 +41,7 @@ class Validator:
         size: int,
     ) -> None:
         self.config, self.dataset, self.objective = config, dataset, objective
-        self.folder = storage.join(run_uri, "validation")
+        self.run_uri, self.folder = run_uri, storage.join(run_uri, "validation")
         self.rank, self.size = rank, size  # among data-parallel groups
         self.context = config.parallel.context
         self.scheduler = load_scheduler(pretrained)
@@ -118,16 +119,31 @@ class Validator:
         )
 
     def _first_frame(self, at: int, shape: tuple[int, int, int]) -> Tensor | None:
-        """For image-to-video: a held-out clip's first frame in the bucket of the validation videos."""
+        """For image-to-video: the prompt's image, else a held-out clip's first frame in the videos' bucket."""
         if not self.objective.first_frame:
             return None
+        if self.config.validation.images:
+            return self._image(at, shape) * self.objective.scaling_factor
         rows = [*self.dataset.held_out_rows, *self.dataset.train_rows]
         fitting = [row for row in rows if Bucket(*self.dataset.buckets[row]).latent_shape[1:] == shape[1:]]
         if not fitting:
-            raise ValueError("no cached clip has the resolution of validation.resolution, to take a first frame from")
+            rule = "no cached clip has these sides, to take a first frame from"
+            fix = "set validation.images, or validation.resolution to sides that the clips have"
+            raise ConfigError("validation.resolution", list(self.config.validation_shape[1:]), rule, fix)
         clip = self.dataset.read(fitting[at % len(fitting)])
         assert clip.first_mean_1HWC is not None
         return clip.first_mean_1HWC.float() * self.objective.scaling_factor
+
+    def _image(self, at: int, shape: tuple[int, int, int]) -> Tensor:
+        """Unscaled latents [1, h, w, C] that precache left of `validation.images[at]`."""
+        place = layout.image_uri(self.run_uri, at)
+        mean = read_tensors(place)["mean"] if storage.exists(place) else None
+        if mean is None or tuple(mean.shape[1:3]) != shape[1:]:
+            rule = "it is not encoded for the videos' sides"
+            raise ConfigError(
+                "validation.images", self.config.validation.images[at], rule, "run with the stage precache"
+            )
+        return mean.float()
 
 
 def initial_noise(config: RunConfig, at: int, latent_shape: tuple[int, int, int], device: torch.device) -> Tensor:

@@ -36,7 +36,8 @@ def velocity(transformer: nn.Module, folder: Path) -> Tensor:
 
 def set_adapters(transformer: nn.Module, size: float = 0.2) -> None:
     with torch.no_grad():
-        for at, (name, parameter) in enumerate(transformer.named_parameters()):
+        adapters = [(name, each) for name, each in transformer.named_parameters() if ".lora_" in name]
+        for at, (name, parameter) in enumerate(adapters):
             if ".lora_B." in name:
                 parameter.copy_(size * random(*parameter.shape, seed=at))
             elif ".lora_magnitude_vector." in name:

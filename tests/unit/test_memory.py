@@ -314,3 +314,13 @@ def test_doubts_are_said() -> None:
     close = planned(*full, "train.activation_checkpointing=attention")
     assert "may run out" in str(estimates(close).memory_note)
     assert estimates(planned("+flavour=t2v-tiny", gpus=0, name=None)).memory_note is None
+
+
+@pytest.mark.parametrize("kind", ["int8", "float8"])
+def test_a_quantised_base_takes_a_byte_a_weight(kind: str) -> None:
+    plain, quantised = predict(*PRO, gpus=1), predict(*PRO, f"lora.base_dtype={kind}", gpus=1)
+    dim, ff = 4096, 16384
+    linear = 60 * (8 * dim**2 + 2 * dim * ff) + 4 * (4 * dim**2 + 2 * dim * ff)
+    assert plain.weights - quantised.weights == linear
+    assert plain.gathered - quantised.gathered == 2 * (8 * dim**2 + 2 * dim * ff) - 2 * dim * ff
+    assert predict(*PRO, "lora.use_dora=true", gpus=1).gathered - plain.gathered == 4 * dim * ff
