@@ -234,7 +234,7 @@ def _weights(config: RunConfig, world: World) -> float:
 
 
 def _saved_a_weight(config: RunConfig, world: World) -> int:
-    """Bytes that `lora.base_dtype` takes off each weight of the blocks' linear layers. (Scales, one a row, are small.)"""
+    """Bytes that `lora.base_dtype` takes off each weight of the blocks' linear layers; scales are small."""
     return _element(config, world) - 1 if config.adapter == "lora" and config.lora.base_dtype else 0
 
 

@@ -15,7 +15,7 @@ from k5dist.precache.video import VideoError, decode_clip
 
 
 def encode_images(plan: RunPlan, device: str) -> int:
-    """Leave the posterior mean [1, h, w, C] of each of `validation.images`, cut to the videos' sides; how many were new.
+    """Leave the mean [1, h, w, C] of each of `validation.images`, cut to the videos' sides; the number of new ones.
 
     Raises:
         ConfigError: when one is no picture.

@@ -27,6 +27,7 @@ from tests.unit.models import (
     random,
     random_frames,
     random_text,
+    relative,
 )
 
 # The objective
@@ -250,11 +251,6 @@ def test_first_frames_are_dropped_at_their_rate_and_apart_from_captions(tiny_i2v
 
 def test_the_input_is_what_the_inference_pipeline_prepares(tiny_i2v: Path) -> None:
     """diffusers' own `prepare_latents`, from a picture on, and ours at σ = 1 from what precache keeps of it."""
-    from diffusers import Kandinsky5I2VPipeline
-    from PIL import Image
-
-    from k5dist.model.encoders import VideoAutoencoder
-
     picture = random_frames(1)[0]
     pipeline = load_pipeline(Kandinsky5I2VPipeline, tiny_i2v)
     theirs = pipeline.prepare_latents(
