@@ -108,6 +108,13 @@ class Checkpoints:
         self._running = (step, future, history)
         self.stall_seconds += time.perf_counter() - started
 
+    def keep_best(self, step: int) -> None:
+        """The checkpoint of `step` is the best, and stays however old; the one before it goes with the next commit,
+        or at once where none is on its way."""
+        self.best = step
+        if self._running is None and dist.get_rank() == 0:
+            self._prune()
+
     def poll(self) -> None:
         """Commit the running save if it is written; never waits."""
         if self._running is not None and self._running[1].done():

@@ -134,8 +134,8 @@ class Trainer:
     def keep_best(self) -> None:
         """This step's checkpoint, beyond all others, with a probe of its own for its export."""
         assert self.validator is not None
-        self.checkpoints.best = self.state.step
         self.save()
+        self.checkpoints.keep_best(self.state.step)
         write_probe(best_probe_uri(self.plan), self.transformer, self.validator, self.state.step, self.evaluated)
 
     def validating(self) -> contextlib.AbstractContextManager[None]:

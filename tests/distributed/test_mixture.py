@@ -48,14 +48,13 @@ def make_mixture(root: Path, checkpoint: Path, name: str, *overrides: str, worke
         store.write([clip_record(key, frame, mean) for key, mean in zip(stills, means, strict=True)])
     selection = storage.join(plan.run_uri, layout.SELECTION)
     videos = layout.read_selection(selection)
-    layout.write_selection(
-        selection,
-        layout.selection(
-            [*videos, *stills],
-            datasets=["films"] * 5 + ["plays"] * 5 + ["stills"] * STILLS,
-            captions=[[f"clip {i % 10}"] for i in range(VIDEOS + STILLS)],
-        ),
+    selected = layout.selection(
+        [*videos, *stills],
+        datasets=["films"] * 5 + ["plays"] * 5 + ["stills"] * STILLS,
+        captions=[[f"clip {i % 10}"] for i in range(VIDEOS + STILLS)],
     )
+    layout.write_selection(selection, selected)
+    layout.write_places(plan.run_uri, selected, store, layout.captions(plan.cache_uri, plan_encoding(plan)))
     return plan
 
 
