@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ import pyarrow.parquet as pq
 from rich.table import Table
 
 from k5dist.cache import layout
-from k5dist.cache.order import epoch_batches
-from k5dist.cache.rows import write_rows
+from k5dist.cache.order import EpochOrder, Stratum
+from k5dist.cache.places import Stores, note_places
+from k5dist.cache.shards import ShardStore
 from k5dist.compose import compose, to_run_config
 from k5dist.console import console, say
 from k5dist.plan import ClusterFacts, RunPlan, make_plan
@@ -97,53 +99,84 @@ def open_index(path: Path, rows: int) -> dict[str, Any]:
 
 
 def write_run(folder: Path, rows: int) -> Path:
-    """A run's folder: its samples, where each lies and what it is called, as precache leaves them; no cache."""
+    """A run's folder with its samples, and the index of their cache, in one part; no shards."""
     random = np.random.Generator(np.random.Philox(0))
     keys = sorted(random.bytes(16).hex() for _ in range(rows))
-    selected = layout.selection(keys, captions=[[caption(row)] for row in range(rows)])
-    layout.write_selection(str(folder / layout.SELECTION), selected)
-    size = 2 * 31 * 96 * 160 * 16
-    tensors = [{"name": name, "shape": [31, 96, 160, 16], "offset": 0, "length": size} for name in ("mean", "logvar")]
-    columns: dict[str, Any] = {
-        "shard": [f"{row // SHARD_ROWS:024x}" for row in range(rows)],
-        "offset": [2 * size * (row % SHARD_ROWS) for row in range(rows)],
-        "length": [2 * size] * rows,
-        "tensors": pa.array([tensors], layout.samples("").schema.field("tensors").type).take(pa.array([0] * rows)),
+    captions = [caption(row) for row in range(rows)]
+    layout.write_selection(str(folder / layout.SELECTION), layout.selection(keys, captions=[[c] for c in captions]))
+    cache = str(folder / "cache")
+    shape, size = [31, 96, 160, 16], 2 * 31 * 96 * 160 * 16
+    tensors = [{"name": name, "shape": shape, "offset": at * size, "length": size} for at, name in enumerate("ab")]
+    sides = {
+        name: [BUCKETS[row % 3][at] for row in range(rows)] for at, name in enumerate(("frames", "height", "width"))
     }
-    place = pa.table({"key": keys, **columns, "captions": selected.column("captions")})
-    for at, name in enumerate(("frames", "height", "width")):
-        place = place.append_column(name, pa.array([BUCKETS[row % 3][at] for row in range(rows)], pa.int32()))
-    stores = layout.samples(str(folder / "cache")), layout.captions(str(folder / "cache"), ENCODING)
-    write_rows(str(folder / layout.PLACES), layout.noted(place, *stores))
-    write_rows(str(folder / layout.TEXTS), stores[1].schema.empty_table())
-    layout.write_header(str(folder / "cache"), _plan_of(folder).cache_fingerprint, "scale")
+    _write_part(layout.samples(cache), keys, 2 * size, tensors, sides)
+    text = [{"name": "qwen", "shape": [50, 3584], "offset": 0, "length": 2 * 50 * 3584}]
+    _write_part(layout.captions(cache, ENCODING), [layout.caption_key(c) for c in captions], 2 * 50 * 3584, text, {})
+    layout.write_header(cache, _plan_of(folder).cache_fingerprint, "scale")
+    return folder
+
+
+def _write_part(store: ShardStore, keys: list[str], size: int, tensors: list[dict[str, Any]], more: dict) -> None:
+    rows, fields = range(len(keys)), {field.name: field.type for field in store.schema}
+    columns = {
+        "key": keys,
+        "shard": [f"{row // SHARD_ROWS:024x}" for row in rows],
+        "offset": [size * (row % SHARD_ROWS) for row in rows],
+        "length": [size] * len(keys),
+        "tensors": pa.array([tensors], fields["tensors"]).take(pa.array([0] * len(keys))),
+        **more,
+    }
+    table = pa.table({name: pa.array(column, fields[name]) for name, column in columns.items()})
+    part = Path(store.uri) / "index" / "part.parquet"
+    part.parent.mkdir(parents=True)
+    pq.write_table(table, part)
+
+
+def note_run(path: Path, rows: int) -> dict[str, Any]:
+    """What precache ends with."""
+    plan = _plan_of(path)
+    selected = layout.read_selected(str(path / layout.SELECTION))
+    note_places(str(path), selected, 0.01, Stores.of(plan.cache_uri, ENCODING, ""), [""])
+    files = sum(file.stat().st_size for file in (path / "places").glob("*/*.parquet"))
+    return {"bytes_a_row": files / rows}
+
+
+def write_noted_run(folder: Path, rows: int) -> Path:
+    note_run(write_run(folder, rows), rows)
     return folder
 
 
 def open_run(path: Path, rows: int) -> dict[str, Any]:
-    """What a training worker does before its first clip, and the reading of a hundred clips' places."""
+    """What a training worker does before its first clip, and the places of its first batches."""
     from k5dist.train.feed import Dataset
 
     began = time.perf_counter()  # without the seconds that importing torch takes
     dataset = Dataset.open(_plan_of(path), ENCODING)
+    batches = list(islice(dataset.epoch(0, 0, BATCH).batches(), 2))
     opened = time.perf_counter() - began
-    assert len(dataset.keys) == rows
-    some = range(0, rows, max(1, rows // 100))
-    for row in some:
-        dataset.rows.row(row)
-    return {"opened_seconds": opened, "ms_a_place": 1e3 * (time.perf_counter() - began - opened) / len(some)}
+    assert sum(stratum.count for stratum in dataset.strata) == rows
+    found = [dataset.places.row(row)["key"] for batch in batches for row in batch.rows]
+    return {"opened_seconds": opened, "ms_a_place": 1e3 * (time.perf_counter() - began - opened) / len(found)}
 
 
 def _plan_of(folder: Path) -> RunPlan:
-    plan = make_plan(to_run_config(compose(["+flavour=t2v-tiny", "data.held_out=0"])), ClusterFacts(0), "scale")
+    plan = make_plan(to_run_config(compose(["+flavour=t2v-tiny"])), ClusterFacts(0), "scale")
     return dataclasses.replace(plan, run_uri=str(folder), cache_uri=str(folder / "cache"))
 
 
 def order_epoch(_: Path, rows: int) -> dict[str, Any]:
-    random = np.random.Generator(np.random.Philox(0))
-    keys = [random.bytes(32).hex() for _ in range(rows)]
-    batches = epoch_batches(keys, [BUCKETS[row % 3] for row in range(rows)], seed=0, epoch=0, batch_size=BATCH)
-    return {"batches": len(batches)}
+    """All of it, batch by batch, and the last batch alone."""
+    thirds = [rows * at // 3 for at in range(4)]
+    strata = [
+        Stratum(bucket, "main", 1, None, held_out=False, first=first, count=end - first)
+        for bucket, first, end in zip(BUCKETS, thirds, thirds[1:], strict=False)
+    ]
+    order = EpochOrder(strata, seed=0, epoch=0, batch_size=BATCH)
+    count = sum(1 for _ in order.batches())
+    began = time.perf_counter()
+    EpochOrder(strata, seed=0, epoch=1, batch_size=BATCH).batches(count - 1).__next__()
+    return {"batches": count, "last_alone_ms": 1e3 * (time.perf_counter() - began)}
 
 
 PARTS: dict[str, tuple[Callable[[Path, int], Path], Callable[[Path, int], dict[str, Any]]]] = {
@@ -151,7 +184,8 @@ PARTS: dict[str, tuple[Callable[[Path, int], Path], Callable[[Path, int], dict[s
     "read .csv": (lambda folder, rows: write_manifest(folder, ".csv", rows), read_manifest),
     "read .parquet": (lambda folder, rows: write_manifest(folder, ".parquet", rows), read_manifest),
     "open the index": (write_index, open_index),
-    "open a run": (write_run, open_run),
+    "note a run's places": (write_run, note_run),
+    "open a run": (write_noted_run, open_run),
     "order an epoch": (lambda folder, rows: folder, order_epoch),
 }
 

@@ -23,21 +23,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from k5dist import storage
 from k5dist.cache.keys import key_of
-from k5dist.cache.rows import write_rows
 from k5dist.cache.shards import ShardStore, read_parquet
 from k5dist.config import ConfigError
 
 CACHE_VERSION = 2
 SELECTION = "samples.parquet"  # in a run's folder: the samples it trains on
-PLACES = "places.parquet"  # in a run's folder: where each of these samples lies, in the same order
-TEXTS = "texts.parquet"  # and where each of their captions does
-_GENERATIONS = b"k5dist.generations"
-_PLACE_COLUMNS = ["shard", "offset", "length", "tensors"]
 SAMPLE_COLUMNS = {
     "frames": pa.int32(),
     "height": pa.int32(),
@@ -153,47 +147,19 @@ def write_selection(uri: str, table: pa.Table) -> None:
     storage.publish_bytes(uri, data.getvalue())
 
 
-def write_places(run_uri: str, selected: pa.Table, samples: ShardStore, captions: ShardStore) -> None:
-    """Write down where a run's samples and captions lie, so that its workers need not read the cache's whole index.
-
-    A sample that the cache has lost has no place; of captions all are named.
-    """
-    nothing = noted(pa.table({}), samples, captions)  # asked before the index: what goes meanwhile is noticed
-    index = samples.index([*_PLACE_COLUMNS, "frames", "height", "width"])
-    rows = pc.index_in(selected.column("key"), value_set=index.column("key").combine_chunks())
-    found = index.drop_columns(["key"]).take(rows)
-    keys = selected.column("key")
-    table = pa.table([keys, selected.column("captions"), *found.columns], ["key", "captions", *found.column_names])
-    write_rows(storage.join(run_uri, TEXTS), captions.index([*_PLACE_COLUMNS, "text_length"]))
-    write_rows(storage.join(run_uri, PLACES), table.replace_schema_metadata(nothing.schema.metadata))
-
-
-def noted(table: pa.Table, samples: ShardStore, captions: ShardStore) -> pa.Table:
-    """`table` with the cache's state in its metadata."""
-    return table.replace_schema_metadata({_GENERATIONS: f"{samples.generation} {captions.generation}"})
-
-
-def still_true(table: pa.Table, samples: ShardStore, captions: ShardStore) -> bool:
-    """Whether no record was taken out of the cache since `table` was noted."""
-    return noted(table, samples, captions).schema.metadata == {
-        name: value for name, value in (table.schema.metadata or {}).items() if name == _GENERATIONS
-    }
-
-
 def read_selection(uri: str) -> list[str]:
     """The keys of a run's samples, sorted."""
     return read_parquet(uri, ["key"]).column("key").to_pylist()
 
 
-def read_selected(uri: str, *, captions: bool = True) -> pa.Table:
-    """A run's samples with their dataset, captions (if asked for), repeats and probability, sorted by key.
+def read_selected(uri: str) -> pa.Table:
+    """A run's samples with their dataset, captions, repeats and probability, sorted by key.
 
     Raises:
         ConfigError: where an earlier release wrote it, with keys alone.
     """
-    names = [name for name in SELECTION_SCHEMA.names if captions or name != "captions"]
     data = pa.BufferReader(storage.read_bytes(uri))
     if pq.read_schema(data).names != SELECTION_SCHEMA.names:
         rule = "an earlier release chose this run's samples"
         raise ConfigError("resume", uri, rule, "resume=never, or another name")
-    return pq.read_table(data, columns=names).cast(pa.schema([SELECTION_SCHEMA.field(name) for name in names]))
+    return pq.read_table(data).cast(SELECTION_SCHEMA)

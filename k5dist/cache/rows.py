@@ -1,4 +1,4 @@
-"""Rows of a sorted Parquet file, read a row group at a time: a file of any length is open at once, in little memory."""
+"""Rows of a Parquet file, read a row group at a time: of a long file little is in memory."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ GROUP_ROWS = 1024
 _KEPT_GROUPS = 64
 
 
-def write_rows(uri: str, table: pa.Table) -> None:
-    """Publish `table`, sorted by `key`, in row groups of GROUP_ROWS."""
+def rows_file(table: pa.Table) -> bytes:
+    """A file of `table` as it is, in row groups of GROUP_ROWS."""
     data = io.BytesIO()
-    pq.write_table(table.sort_by("key"), data, compression="zstd", row_group_size=GROUP_ROWS)
-    storage.publish_bytes(uri, data.getvalue())
+    pq.write_table(table, data, compression="zstd", row_group_size=GROUP_ROWS)
+    return data.getvalue()
 
 
 class Rows:
-    """What stands in `columns` of a file that `write_rows` wrote. Safe to be asked by several threads.
+    """What stands in `columns` (or all) of a file of `rows_file`. Safe to be asked by several threads.
 
     Raises:
         FileNotFoundError: where there is no such file.
     """
 
-    def __init__(self, uri: str, columns: Sequence[str]) -> None:
-        self.uri, self.columns = uri, list(columns)
+    def __init__(self, uri: str, columns: Sequence[str] | None) -> None:
+        self.uri, self.columns = uri, None if columns is None else ["key", *columns]
         self._lock = threading.Lock()
         self._file = pq.ParquetFile(storage.open_read(uri))
         meta = self._file.metadata
@@ -55,7 +55,7 @@ class Rows:
         return self._group(group).slice(at, 1).to_pylist()[0]
 
     def find(self, key: str) -> dict[str, Any] | None:
-        """The row of a key; None where there is none. Only the row group that may hold it is read."""
+        """The row of a key in a file sorted by `key`; None where there is none. Only one row group is read."""
         group = bisect.bisect_left(self._last, key)
         if group == len(self._last):
             return None
@@ -70,7 +70,7 @@ class Rows:
             if group in self._groups:
                 self._groups.move_to_end(group)
                 return self._groups[group]
-            table = self._file.read_row_group(group, columns=["key", *self.columns], use_threads=False)
+            table = self._file.read_row_group(group, columns=self.columns, use_threads=False)
             self._groups[group] = table
             if len(self._groups) > _KEPT_GROUPS:
                 self._groups.popitem(last=False)

@@ -17,6 +17,7 @@ import ray.data
 
 from k5dist import storage
 from k5dist.cache import layout, orders
+from k5dist.cache.places import Stores, forget_places, note_places
 from k5dist.config import ConfigError, RunConfig
 from k5dist.console import progress_bar, say
 from k5dist.datasets import DatasetConfig
@@ -44,10 +45,15 @@ def wanted_captions(config: RunConfig, *captions: pa.ChunkedArray) -> list[str]:
 
     `captions` are columns of lists of texts.
     """
-    texts = ["", config.validation.negative_prompt, *config.validation.prompts]
+    texts = _prompts(config)
     for column in captions:
         texts += pc.unique(pc.list_flatten(column)).to_pylist()
     return list(dict.fromkeys(texts))
+
+
+def _prompts(config: RunConfig) -> list[str]:
+    """Texts that are asked for whatever the data."""
+    return ["", config.validation.negative_prompt, *config.validation.prompts]
 
 
 def check_source(plan: RunPlan) -> Listing:
@@ -368,6 +374,7 @@ def _select(plan: RunPlan, chosen: pa.Table, encoding: layout.TextEncoding) -> N
         if selected != chosen:
             say("note: the data has changed since this run began; it keeps its clips (resume=never starts anew)")
     else:
+        forget_places(plan.run_uri)
         layout.write_selection(uri, chosen)
-    texts = layout.captions(plan.cache_uri, encoding)
-    layout.write_places(plan.run_uri, selected, layout.samples(plan.cache_uri), texts)
+    stores = Stores.of(plan.cache_uri, encoding, plan.features_id)
+    note_places(plan.run_uri, selected, plan.config.data.held_out, stores, _prompts(plan.config))

@@ -5,20 +5,19 @@ from __future__ import annotations
 import collections
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 from torch import Tensor
 
 from k5dist import storage
 from k5dist.cache import layout
-from k5dist.cache.order import Batch, draw_caption, draw_key, epoch_batches, split_held_out
+from k5dist.cache.order import Batch, EpochOrder, Stratum, draw_caption, draw_key
+from k5dist.cache.places import ORDER, TEXTS, Order, Places, Stores
 from k5dist.cache.rows import Rows
-from k5dist.cache.shards import Place, ShardStore, place, places, read_parquet
+from k5dist.cache.shards import ShardStore, place
 from k5dist.config import ConfigError
 from k5dist.model.forward import Text
 from k5dist.plan import RunPlan
@@ -26,34 +25,38 @@ from k5dist.train.objective import Clip
 from k5dist.train.rollout import rollout_draw
 
 _READERS = 4
-_PLACE, _SHAPE = ["shard", "offset", "length", "tensors"], ["frames", "height", "width"]
+_PLACE = ["shard", "offset", "length", "tensors"]
+_FIX = "run with precache among the stages"
 _KEPT_TEXTS = 128  # up to 1.8 MB each, page-locked where there is a GPU
 
 
 class TextStore:
-    """Encoded captions by text; the few that are in use are kept in memory. `rows` says where they lie."""
+    """Encoded captions by text; the few that are in use are kept in memory. `prompts` says where those lie that are
+    no sample's caption."""
 
-    def __init__(self, cache_uri: str, encoding: layout.TextEncoding, rows: Rows, *, pin: bool) -> None:
+    def __init__(self, cache_uri: str, encoding: layout.TextEncoding, prompts: Rows, *, pin: bool) -> None:
         self.pin = pin
         self.store = layout.captions(cache_uri, encoding)
-        self.rows = rows
+        self.prompts = prompts
         self._kept: dict[str, Text] = {}
 
-    def get(self, caption: str) -> Text:
-        """Raises ConfigError when the caption was never encoded with this encoding."""
-        key = layout.caption_key(caption)
-        kept = self._kept.get(key)  # one look-up: other threads fill and empty it meanwhile
+    def get(self, caption: str, row: Mapping[str, Any] | None = None) -> Text:
+        """`row` is the place of a sample's caption.
+
+        Raises ConfigError when the caption was never encoded with this encoding.
+        """
+        kept = self._kept.get(caption)  # one look-up: other threads fill and empty it meanwhile
         if kept is not None:
             return kept
-        row = self.rows.find(key)
+        row = row or self.prompts.find(layout.caption_key(caption))
         if row is None:
             rule = (
                 f"the cache holds no text features of {caption[:60]!r} (encoding {self.store.uri.rsplit('/', 1)[-1]})"
             )
-            raise ConfigError("stages", caption[:60], rule, "run with precache among the stages")
+            raise ConfigError("stages", caption[:60], rule, _FIX)
         tensors = pinned(self.store.read(place(row)), self.pin)
         text = Text(tensors["qwen"][None], tensors["clip"][None])
-        self._kept[key] = text
+        self._kept[caption] = text
         if len(self._kept) > _KEPT_TEXTS:
             self._kept.clear()
         return text
@@ -61,20 +64,13 @@ class TextStore:
 
 @dataclass
 class Dataset:
-    """The committed samples of a cache: split, order, reading."""
+    """The committed samples of a run: order and reading. Rows are numbers; none is held but those in use."""
 
     store: ShardStore
-    rows: Rows  # where each lies, and its captions: read as they are asked for
-    keys: list[str]
-    buckets: list[tuple[int, int, int]]
-    datasets: list[str]
-    repeats: list[int]
-    probabilities: list[float | None]
-    train_rows: list[int]
-    held_out_rows: list[int]
-    texts: TextStore
-    features: dict[str, Place] | None  # CREPA's, by key; None where it is off
     feature_store: ShardStore
+    order: Order
+    places: Places
+    texts: TextStore
     pin: bool  # tensors in page-locked memory, from where a GPU takes them while it computes
 
     @classmethod
@@ -84,58 +80,52 @@ class Dataset:
         Raises:
             ConfigError: when there is no such cache, it was made for another plan, or it lost samples of the run.
         """
-        cache_uri, held_out = plan.cache_uri, plan.config.data.held_out
-        layout.check_header(cache_uri, plan.cache_fingerprint)
-        selected, shapes = _selected(plan, encoding)
-        keys = selected.column("key").to_pylist()
-        names = selected.column("dataset").combine_chunks().dictionary_encode()
-        buckets = _buckets(shapes)
-        datasets = _of(names.dictionary.to_pylist(), names.indices.to_numpy())
-        train, kept = split_held_out(keys, held_out, list(zip(datasets, buckets, strict=True)))
+        layout.check_header(plan.cache_uri, plan.cache_fingerprint)
+        stores = Stores.of(plan.cache_uri, encoding, plan.features_id)
+        order = _order_of(plan, stores)
         pin = plan.world.device == "cuda"
-        texts = Rows(storage.join(plan.run_uri, layout.TEXTS), _PLACE)
         return cls(
-            store=layout.samples(cache_uri),
-            rows=Rows(storage.join(plan.run_uri, layout.PLACES), [*_PLACE, "captions"]),
-            keys=keys,
-            buckets=buckets,
-            datasets=datasets,
-            repeats=selected.column("repeats").to_pylist(),
-            probabilities=selected.column("probability").to_pylist(),
-            train_rows=train,
-            held_out_rows=kept,
-            texts=TextStore(cache_uri, encoding, texts, pin=pin),
-            features=_features(plan, keys),
-            feature_store=layout.features(cache_uri, plan.features_id or "none"),
+            store=stores.samples,
+            feature_store=stores.features or layout.features(plan.cache_uri, "none"),
+            order=order,
+            places=Places(plan.run_uri, order),
+            texts=TextStore(plan.cache_uri, encoding, Rows(storage.join(plan.run_uri, TEXTS), _PLACE), pin=pin),
             pin=pin,
         )
 
     @property
     def feature_dim(self) -> int:
         """Width of CREPA's features; 0 where it is off."""
-        return next(iter(self.features.values())).tensors[0][1][-1] if self.features else 0
+        return self.order.feature_dim
+
+    @property
+    def strata(self) -> Sequence[Stratum]:
+        return self.order.strata
+
+    @property
+    def held_out_rows(self) -> list[int]:
+        return [row for stratum in self.strata if stratum.held_out for row in stratum.rows]
+
+    def stratum(self, row: int) -> Stratum:
+        return self.places.stratum(row)
 
     def read(self, row: int) -> Clip:
         """A clip as validation sees it: with the first of its captions."""
-        found = self._row(row)
-        return self._clip(found, self.keys[row], found["captions"][0])
+        found = self.places.row(row)
+        return self._clip(found, found["key"], found["captions"][0])
 
     def read_drawn(self, row: int, copy: int, *, seed: int, epoch: int) -> Clip:
         """One of a clip's copies as training sees it in an epoch: with the caption that is drawn for it."""
-        found, key = self._row(row), draw_key(self.keys[row], copy)
-        clip = self._clip(found, key, draw_caption(found["captions"], seed=seed, epoch=epoch, key=key))
-        if self.features is None:
+        found = self.places.row(row)
+        key = draw_key(found["key"], copy)
+        captions = {entry["text"]: entry for entry in found["captions"]}
+        clip = self._clip(found, key, captions[draw_caption(list(captions), seed=seed, epoch=epoch, key=key)])
+        if not self.feature_dim:
             return clip
-        features = pinned(self.feature_store.read(self.features[self.keys[row]]), self.pin)
+        features = pinned(self.feature_store.read(place(found["features"])), self.pin)
         return dataclasses.replace(clip, features_ThwD=features["features"])
 
-    def _row(self, row: int) -> dict[str, Any]:
-        found = self.rows.row(row)
-        if found["key"] != self.keys[row]:
-            raise OSError(f"{self.rows.uri} was replaced while this worker reads it; start the run again")
-        return found
-
-    def _clip(self, row: dict[str, Any], key: str, caption: str) -> Clip:
+    def _clip(self, row: Mapping[str, Any], key: str, caption: Mapping[str, Any]) -> Clip:
         tensors = pinned(self.store.read(place(row)), self.pin)
         return Clip(
             key,
@@ -143,30 +133,20 @@ class Dataset:
             tensors["logvar"],
             tensors.get("first_mean"),
             tensors.get("first_logvar"),
-            self.texts.get(caption),
+            self.texts.get(caption["text"], caption["place"]),
             tensors.get("mask"),
         )
 
-    def epoch(self, epoch: int, seed: int, batch_size: int) -> list[Batch]:
-        """The epoch's batches over training rows; `Batch.rows` index this dataset."""
-        rows = self.train_rows
-        batches = epoch_batches(
-            [self.keys[r] for r in rows],
-            [self.buckets[r] for r in rows],
-            seed=seed,
-            epoch=epoch,
-            batch_size=batch_size,
-            repeats=[self.repeats[r] for r in rows],
-            probabilities=[self.probabilities[r] for r in rows],
-        )
-        return [dataclasses.replace(batch, rows=tuple(rows[i] for i in batch.rows)) for batch in batches]
+    def epoch(self, epoch: int, seed: int, batch_size: int) -> EpochOrder:
+        """The epoch's batches over training rows."""
+        return EpochOrder(self.strata, seed=seed, epoch=epoch, batch_size=batch_size)
 
     def check_batch(self, batch_size: int) -> None:
         """Raises ConfigError when no bucket has enough training clips for one whole batch, counted as an epoch does."""
         expected: collections.Counter[tuple[int, int, int]] = collections.Counter()
-        for row in self.train_rows:
-            probability = self.probabilities[row]
-            expected[self.buckets[row]] += self.repeats[row] * (1.0 if probability is None else probability)  # type: ignore[assignment]
+        for stratum in self.strata:
+            if not stratum.held_out:
+                expected[stratum.bucket] += stratum.expected  # type: ignore[assignment]
         if not expected:
             raise ConfigError("data.source", None, "the cache holds no clip to train on", "see failures.parquet")
         bucket, share = expected.most_common(1)[0]
@@ -177,56 +157,27 @@ class Dataset:
             raise ConfigError("train.batch_size", batch_size, rule, f"train.batch_size={count} or less, or more clips")
 
 
-def pinned(tensors: dict[str, Tensor], pin: bool) -> dict[str, Tensor]:
-    return {name: tensor.pin_memory() for name, tensor in tensors.items()} if pin else tensors
-
-
-def _selected(plan: RunPlan, encoding: layout.TextEncoding) -> tuple[pa.Table, pa.Table]:
-    """The run's samples without their captions, and their shapes in the same order, by key; no index is read."""
-    uri, places_uri = (storage.join(plan.run_uri, name) for name in (layout.SELECTION, layout.PLACES))
-    fix = "run with precache among the stages"
-    if not storage.exists(uri) or not storage.exists(places_uri):
-        raise ConfigError("stages", list(plan.config.stages), "the run has no list of its samples", fix)
-    selected = layout.read_selected(uri, captions=False)
-    shapes = read_parquet(places_uri, ["key", *_SHAPE])
-    stores = layout.samples(plan.cache_uri), layout.captions(plan.cache_uri, encoding)
-    if not layout.still_true(shapes, *stores):
-        rule = f"records were taken out of the cache since the run noted where its samples lie ({layout.PLACES})"
-        raise ConfigError("stages", list(plan.config.stages), rule, fix)
-    if shapes.column("key") != selected.column("key"):
-        rule = f"{layout.PLACES} names other samples than {layout.SELECTION}: an interrupted precache left it"
-        raise ConfigError("stages", list(plan.config.stages), rule, fix)
-    missing = shapes.column("frames").null_count
-    if missing:
-        rule = f"{missing} of the run's {selected.num_rows} samples are not in its cache {plan.cache_uri}"
-        raise ConfigError("stages", list(plan.config.stages), rule, fix)
-    return selected, shapes
-
-
-def _buckets(shapes: pa.Table) -> list[tuple[int, int, int]]:
-    """One object a bucket, however many rows have it."""
-    columns = np.stack([shapes.column(name).to_numpy() for name in _SHAPE], 1)
-    distinct, rows = np.unique(columns, axis=0, return_inverse=True)
-    return _of([tuple(row) for row in distinct.tolist()], rows.reshape(-1))
-
-
-def _of(values: list[Any], indices: np.ndarray) -> list[Any]:
-    return [values[at] for at in indices.tolist()]
-
-
-def _features(plan: RunPlan, keys: Sequence[str]) -> dict[str, Place] | None:
-    """Where CREPA's features of the run's samples are; raises ConfigError where some have none of its encoder."""
-    if not plan.features_id:
-        return None
-    table = layout.features(plan.cache_uri, plan.features_id).index()
-    found = dict(zip(table.column("key").to_pylist(), places(table), strict=True))
-    missing = sum(key not in found for key in keys)
-    if missing:
+def _order_of(plan: RunPlan, stores: Stores) -> Order:
+    """What the run noted, if it still holds; raises ConfigError where it does not."""
+    order, stages = Order.read(plan.run_uri), list(plan.config.stages)
+    if order is None:
+        raise ConfigError("stages", stages, "the run has no list of its samples", _FIX)
+    if list(order.generations) != stores.generations:
+        rule = f"records were taken out of the cache since the run noted where its samples lie ({ORDER})"
+        raise ConfigError("stages", stages, rule, _FIX)
+    if order.missing:
+        rule = f"{order.missing} of the run's {order.rows} samples are not in its cache {plan.cache_uri}"
+        raise ConfigError("stages", stages, rule, _FIX)
+    if plan.features_id and order.featureless:
         encoder = f"{plan.config.crepa.encoder} at {plan.config.crepa.encoder_size}"
-        rule = f"{missing} of the run's {len(keys)} samples have no features of {encoder} in the cache"
+        rule = f"{order.featureless} of the run's {order.rows} samples have no features of {encoder} in the cache"
         fix = "run with precache among the stages: it adds features alone; or crepa.enabled=false"
         raise ConfigError("crepa.enabled", True, rule, fix)
-    return {key: found[key] for key in keys}
+    return order
+
+
+def pinned(tensors: dict[str, Tensor], pin: bool) -> dict[str, Tensor]:
+    return {name: tensor.pin_memory() for name, tensor in tensors.items()} if pin else tensors
 
 
 @dataclass
@@ -274,15 +225,16 @@ class Feed:
     def _order(self) -> Iterator[tuple[int, int, bool, Batch]]:
         epoch, first = self._start
         while True:
-            batches = self.dataset.epoch(epoch, self.seed, self.batch_size)
-            for at in range(first, len(batches)):
-                batch = batches[at].sorted_by(self._draws(epoch, batches[at])) if self.rolls_out else batches[at]
-                yield epoch, at, at == len(batches) - 1, batch
+            order = self.dataset.epoch(epoch, self.seed, self.batch_size)
+            for at, batch in enumerate(order.batches(first), start=first):
+                drawn = batch.sorted_by(self._draws(epoch, batch)) if self.rolls_out else batch
+                yield epoch, at, at == len(order) - 1, drawn
             epoch, first = epoch + 1, 0
 
     def _draws(self, epoch: int, batch: Batch) -> list[float]:
         """By which clips are rolled out; fillings come last, they count for nothing."""
-        keys = [draw_key(self.dataset.keys[row], copy) for row, copy in zip(batch.rows, batch.copies, strict=True)]
+        found = [self.dataset.places.row(row)["key"] for row in batch.rows]
+        keys = [draw_key(key, copy) for key, copy in zip(found, batch.copies, strict=True)]
         draws = [rollout_draw(self.seed, epoch, key) for key in keys]
         return [draw if weight else 1.0 for draw, weight in zip(draws, batch.weights, strict=True)]
 
@@ -304,9 +256,11 @@ class Feed:
             started = time.perf_counter()
             clips = [(read.result(), weight) for read, weight in reads]
             waited = time.perf_counter() - started
-            names = [self.dataset.datasets[row] for row, _, _ in batch.of_worker(self.rank, self.size)]
-            real = [row for row, weight in zip(batch.rows, batch.weights, strict=True) if weight]
-            counts = collections.Counter(self.dataset.datasets[row] for row in real)
+            of_row = {row: self.dataset.stratum(row).dataset for row in batch.rows}
+            names = [of_row[row] for row, _, _ in batch.of_worker(self.rank, self.size)]
+            counts = collections.Counter(
+                of_row[row] for row, weight in zip(batch.rows, batch.weights, strict=True) if weight
+            )
             draws = self._draws(epoch, batch)[:: self.size] if self.rolls_out else []
             yield Step(epoch, at, last, clips, batch.num_real, waited, names, dict(counts), draws)
 

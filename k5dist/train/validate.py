@@ -81,9 +81,10 @@ class Validator:
         """Mean loss over held-out clips: `loss`, `loss/sigma-k` for each timestep; for several of them also
         `loss/<dataset>` and `loss/bucket/<frames>x<height>x<width>`."""
         rows, levels = self.dataset.held_out_rows, self.config.validation.timesteps
-        strata = {row: (self.dataset.datasets[row], "x".join(map(str, self.dataset.buckets[row]))) for row in rows}
+        of_row = {row: self.dataset.stratum(row) for row in rows}
+        strata = {row: (of.dataset, "x".join(map(str, of.bucket))) for row, of in of_row.items()}
         # Clips of one bucket side by side: workers of one round have equal work.
-        rows = sorted(rows, key=lambda row: (self.dataset.buckets[row], row))
+        rows = sorted(rows, key=lambda row: (of_row[row].bucket, row))
         items = [(row, level) for row in rows for level in range(levels)]
         if not items:
             return {}
@@ -196,11 +197,14 @@ class Validator:
         """For image-to-video: a held-out clip's first frame in the bucket of the validation videos."""
         if not self.objective.first_frame:
             return None
-        rows = [*self.dataset.held_out_rows, *self.dataset.train_rows]
-        fitting = [row for row in rows if Bucket(*self.dataset.buckets[row]).latent_shape[1:] == shape[1:]]
+        strata = sorted(self.dataset.strata, key=lambda stratum: not stratum.held_out)
+        fitting = [stratum for stratum in strata if Bucket(*stratum.bucket).latent_shape[1:] == shape[1:]]
         if not fitting:
             raise ValueError("no cached clip has the resolution of validation.resolution, to take a first frame from")
-        clip = self.dataset.read(fitting[at % len(fitting)])
+        at %= sum(stratum.count for stratum in fitting)
+        while at >= fitting[0].count:
+            at -= fitting.pop(0).count
+        clip = self.dataset.read(fitting[0].rows[at])
         assert clip.first_mean_1HWC is not None
         return clip.first_mean_1HWC.float() * self.objective.scaling_factor
 

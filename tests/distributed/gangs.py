@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 import k5dist
 from k5dist import storage
 from k5dist.cache import layout
+from k5dist.cache.places import Stores, note_places
 from k5dist.cache.shards import Record
 from k5dist.compose import compose, to_run_config
 from k5dist.events import parse
@@ -42,13 +44,18 @@ def make_run(
     keys = [_key(plan, i) for i in range(clips)]
     if not layout.samples(plan.cache_uri).keys().issuperset(keys):
         _write_cache(plan)
-    selected = layout.selection(keys, captions=[[f"clip {i}"] for i in range(clips)])
-    layout.write_selection(storage.join(plan.run_uri, layout.SELECTION), selected)
-    texts = layout.captions(plan.cache_uri, plan_encoding(plan))
-    layout.write_places(plan.run_uri, selected, layout.samples(plan.cache_uri), texts)
     if plan.features_id and not layout.features(plan.cache_uri, plan.features_id).keys().issuperset(keys):
         _write_features(plan, keys)
+    select(plan, layout.selection(keys, captions=[[f"clip {i}"] for i in range(clips)]))
     return plan
+
+
+def select(plan: RunPlan, selected: pa.Table) -> None:
+    """Make `selected` the run's samples, as precache ends by doing."""
+    layout.write_selection(storage.join(plan.run_uri, layout.SELECTION), selected)
+    stores = Stores.of(plan.cache_uri, plan_encoding(plan), plan.features_id)
+    prompts = ["", plan.config.validation.negative_prompt, *plan.config.validation.prompts]
+    note_places(plan.run_uri, selected, plan.config.data.held_out, stores, prompts)
 
 
 def _key(plan: RunPlan, i: int) -> str:

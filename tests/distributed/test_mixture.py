@@ -13,7 +13,7 @@ from k5dist.cache import layout
 from k5dist.plan import RunPlan
 from k5dist.train.feed import Dataset
 from k5dist.train.worker import plan_encoding
-from tests.distributed.gangs import SCALE, Result, assert_close, clip_record, make_run, train
+from tests.distributed.gangs import SCALE, Result, assert_close, clip_record, make_run, select, train
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -46,15 +46,13 @@ def make_mixture(root: Path, checkpoint: Path, name: str, *overrides: str, worke
         shape = (*frame.latent_shape, 16)
         means = [torch.randn(*shape, generator=generator) / SCALE for _ in stills]
         store.write([clip_record(key, frame, mean) for key, mean in zip(stills, means, strict=True)])
-    selection = storage.join(plan.run_uri, layout.SELECTION)
-    videos = layout.read_selection(selection)
+    videos = layout.read_selection(storage.join(plan.run_uri, layout.SELECTION))
     selected = layout.selection(
         [*videos, *stills],
         datasets=["films"] * 5 + ["plays"] * 5 + ["stills"] * STILLS,
         captions=[[f"clip {i % 10}"] for i in range(VIDEOS + STILLS)],
     )
-    layout.write_selection(selection, selected)
-    layout.write_places(plan.run_uri, selected, store, layout.captions(plan.cache_uri, plan_encoding(plan)))
+    select(plan, selected)
     return plan
 
 
@@ -95,8 +93,8 @@ def test_every_step_tells_the_loss_of_its_datasets(runs: list[tuple[RunPlan, Res
 def batches_of(plan: RunPlan) -> list[list[tuple[str, float]]]:
     """Dataset and weight of every clip of the first epoch's batches."""
     dataset = Dataset.open(plan, plan_encoding(plan))
-    batches = dataset.epoch(0, 0, plan.batch_size)
-    return [[(dataset.datasets[r], w) for r, w in zip(b.rows, b.weights, strict=True)] for b in batches]
+    batches = dataset.epoch(0, 0, plan.batch_size).batches()
+    return [[(dataset.stratum(r).dataset, w) for r, w in zip(b.rows, b.weights, strict=True)] for b in batches]
 
 
 def test_an_epoch_holds_images_between_videos(runs: list[tuple[RunPlan, Result]]) -> None:
@@ -117,7 +115,7 @@ def test_an_epoch_holds_images_between_videos(runs: list[tuple[RunPlan, Result]]
 def test_the_held_out_loss_is_told_by_dataset_and_bucket(runs: list[tuple[RunPlan, Result]]) -> None:
     plan, _ = runs[0]
     dataset = Dataset.open(plan, plan_encoding(plan))
-    assert sorted(dataset.datasets[row] for row in dataset.held_out_rows) == ["films", "plays", "stills"]
+    assert sorted(dataset.stratum(row).dataset for row in dataset.held_out_rows) == ["films", "plays", "stills"]
     (first, last), (_, other) = ([event["losses"] for event in result.events("validation")] for _, result in runs)
     for losses in (first, last):
         parts = [losses[f"loss/{name}"] for name in ("films", "plays", "stills")]

@@ -9,103 +9,112 @@ from collections.abc import Sequence
 import pytest
 
 from k5dist.cache.keys import key_of
-from k5dist.cache.order import Batch, draw_caption, draw_key, epoch_batches, split_held_out
-
-BucketKey = tuple[int, int, int]
+from k5dist.cache.order import Batch, EpochOrder, Stratum, draw_caption, draw_key, split_held_out
 
 SMALL, LARGE = (49, 64, 96), (121, 64, 96)
 
 
-def dataset(small: int, large: int) -> tuple[list[str], list[BucketKey]]:
-    keys = [key_of({"clip": i}) for i in range(small + large)]
-    return keys, [SMALL] * small + [LARGE] * large
+def strata(*parts: tuple[tuple[int, int, int], int, int, float | None]) -> list[Stratum]:
+    """Side by side, from (bucket, clips, repeats, probability); then a clip that is held out."""
+    found: list[Stratum] = []
+    for at, (bucket, count, repeats, probability) in enumerate(parts):
+        first = found[-1].rows.stop if found else 0
+        found.append(Stratum(bucket, f"set-{at}", repeats, probability, held_out=False, first=first, count=count))
+    first = found[-1].rows.stop
+    return [*found, Stratum(SMALL, "set-0", 1, None, held_out=True, first=first, count=1)]
 
 
-def as_keys(batches: Sequence[Batch], keys: Sequence[str]) -> list[list[tuple[str, float]]]:
-    return [[(keys[row], weight) for row, weight in zip(b.rows, b.weights, strict=True)] for b in batches]
+def dataset(small: int, large: int) -> list[Stratum]:
+    return [part for part in strata((SMALL, small, 1, None), (LARGE, large, 1, None)) if part.count]
 
 
-def order(keys: list[str], buckets: list[BucketKey], seed: int = 0, epoch: int = 0, size: int = 4) -> list[Batch]:
-    return epoch_batches(keys, buckets, seed=seed, epoch=epoch, batch_size=size)
+def order(parts: Sequence[Stratum], seed: int = 0, epoch: int = 0, size: int = 4) -> list[Batch]:
+    return list(EpochOrder(parts, seed=seed, epoch=epoch, batch_size=size).batches())
 
 
-@pytest.mark.parametrize(("small", "large"), [(23, 9), (4, 0), (1, 1), (0, 3), (0, 0)])
+def seen(batches: Sequence[Batch]) -> Counter[tuple[int, int]]:
+    """How often each copy of a row counts."""
+    drawn = (triple for batch in batches for triple in zip(batch.rows, batch.copies, batch.weights, strict=True))
+    return Counter((row, copy) for row, copy, weight in drawn if weight)
+
+
+@pytest.mark.parametrize(("small", "large"), [(23, 9), (4, 0), (1, 1), (0, 3), (0, 0), (70_000, 3)])
 @pytest.mark.parametrize("size", [1, 4, 16])
 def test_every_clip_counts_once_an_epoch_and_buckets_never_mix(small: int, large: int, size: int) -> None:
-    keys, buckets = dataset(small, large)
-    batches = order(keys, buckets, size=size)
-    counted: Counter[int] = Counter()
+    batches = order(dataset(small, large), size=size)
     for batch in batches:
         assert len(batch.rows) == len(batch.weights) == size
-        assert len({buckets[row] for row in batch.rows}) == 1
+        assert len({row < small for row in batch.rows}) == 1
         assert 0 < batch.num_real == sum(batch.weights)
-        for row, weight in zip(batch.rows, batch.weights, strict=True):
-            counted[row] += int(weight)
-    assert counted == Counter(range(small + large))
+    assert seen(batches) == Counter((row, 0) for row in range(small + large))
     assert len(batches) == -(-small // size) - (-large // size)
 
 
-def test_the_order_is_a_pure_function_of_the_clips() -> None:
-    keys, buckets = dataset(23, 9)
-    shuffled = random.Random(1).sample(range(len(keys)), len(keys))
-    again = order([keys[i] for i in shuffled], [buckets[i] for i in shuffled])
-    assert as_keys(again, [keys[i] for i in shuffled]) == as_keys(order(keys, buckets), keys)
-
-
 def test_another_epoch_or_seed_is_another_order() -> None:
-    keys, buckets = dataset(23, 9)
-    orders = [order(keys, buckets, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    parts = dataset(23, 9)
+    orders = [order(parts, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
     assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
+    assert order(parts) == orders[0]
+
+
+@pytest.mark.parametrize("parts", [dataset(23, 9), dataset(400, 3), dataset(0, 5), dataset(1, 1)])
+@pytest.mark.parametrize("size", [1, 4])
+def test_any_batch_is_found_without_those_before(parts: list[Stratum], size: int) -> None:
+    found = EpochOrder(parts, seed=3, epoch=2, batch_size=size)
+    batches = list(found.batches())
+    assert len(found) == len(batches)
+    for first in range(len(batches) + 2):
+        assert list(found.batches(first)) == batches[first:]
+
+
+def test_many_buckets_meet_in_one_order() -> None:
+    shapes = [(17, 64, 32 * at) for at in range(1, 12)]
+    parts = strata(*((shape, 7 * at + 1, 1, None) for at, shape in enumerate(shapes)))
+    found = EpochOrder(parts, seed=0, epoch=0, batch_size=2)
+    batches = list(found.batches())
+    assert seen(batches) == Counter((row, 0) for part in parts if not part.held_out for row in part.rows)
+    for first in (1, 17, 60, len(batches) - 1):
+        assert list(found.batches(first)) == batches[first:]
 
 
 @pytest.mark.parametrize(("small", "large"), [(400, 400), (400, 80), (40, 400)])
 def test_buckets_are_spread_by_their_share(small: int, large: int) -> None:
-    keys, buckets = dataset(small, large)
-    batches = order(keys, buckets)
-    seen = 0
-    for done, batch in enumerate(batches, start=1):
-        seen += buckets[batch.rows[0]] == LARGE
-        assert abs(seen - done * large / (small + large)) <= 2
+    count = 0
+    for done, batch in enumerate(order(dataset(small, large)), start=1):
+        count += batch.rows[0] >= small
+        assert abs(count - done * large / (small + large)) <= 2
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_workers_of_any_number_share_the_same_batch(size: int) -> None:
-    keys, buckets = dataset(13, 0)
-    for batch in order(keys, buckets, size=8):
+    for batch in order(dataset(13, 0), size=8):
         shares = [batch.of_worker(rank, size) for rank in range(size)]
         assert {len(share) for share in shares} == {8 // size}
         union = Counter(pair for share in shares for pair in share)
         assert union == Counter(zip(batch.rows, batch.copies, batch.weights, strict=True))
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_repeats_and_probability_hold_on_any_number_of_workers(size: int) -> None:
-    """What the workers see together is one order, whose every clip counts as its dataset says."""
-    keys, buckets = dataset(200, 40)
-    repeats, probabilities = [1] * 100 + [3] * 140, [None] * 200 + [0.5] * 40
+def test_every_clip_counts_as_its_dataset_says() -> None:
+    parts = strata((SMALL, 100, 1, None), (SMALL, 100, 3, None), (LARGE, 40, 3, 0.5), (LARGE, 1, 1, 0.25))
+    epochs = [seen(order(parts, epoch=at, size=8)) for at in range(8)]
+    for counted in epochs:
+        assert set(counted.values()) == {1}, "no copy counts twice"
+        counts = Counter(row for row, _ in counted)
+        assert [counts[row] for row in range(200)] == [1] * 100 + [3] * 100
+        assert sum(counts[row] for row in range(200, 240)) == 60
+    together = Counter(row for counted in epochs for row, _ in counted)
+    assert {together[row] for row in range(200, 240)} == {12}, "a share of them, and all as often in the end"
+    assert together[240] == 2, "every fourth epoch sees the only clip"
+    drawn = [{row for row, _ in counted if 200 <= row < 240} for counted in epochs]
+    assert drawn[0] != drawn[2], "another share in the next lap"
 
-    def epoch(at: int, rows: list[int]) -> Counter[tuple[str, int]]:
-        batches = epoch_batches(
-            [keys[i] for i in rows],
-            [buckets[i] for i in rows],
-            seed=0,
-            epoch=at,
-            batch_size=8,
-            repeats=[repeats[i] for i in rows],
-            probabilities=[probabilities[i] for i in rows],
-        )
-        shares = (share for batch in batches for rank in range(size) for share in batch.of_worker(rank, size))
-        return Counter((keys[rows[row]], copy) for row, copy, weight in shares if weight)
 
-    seen = epoch(0, list(range(240)))
-    assert set(seen.values()) == {1}, "no copy counts twice"
-    counts = Counter(key for key, _ in seen)
-    assert [counts[key] for key in keys[:200]] == repeats[:200]
-    now_and_then = [counts[key] for key in keys[200:]]
-    assert set(now_and_then) == {0, 3}
-    assert 10 <= sum(map(bool, now_and_then)) <= 30
-    assert epoch(0, random.Random(3).sample(range(240), 240)) == seen, "a function of the keys, not of their order"
-    assert epoch(1, list(range(240))) != seen, "drawn anew each epoch"
+def test_a_clip_that_an_epoch_meets_twice_has_two_copies() -> None:
+    parts = strata((SMALL, 10, 1, 0.7))
+    epochs = [seen(order(parts, epoch=at)) for at in range(10)]
+    assert all(set(counted.values()) == {1} for counted in epochs)
+    assert any(copy for counted in epochs for _, copy in counted)
+    assert Counter(row for counted in epochs for row, _ in counted) == Counter(dict.fromkeys(range(10), 7))
 
 
 def test_copies_and_captions_are_drawn_by_key() -> None:
@@ -124,8 +133,12 @@ def test_a_batch_that_cannot_be_split_is_an_error() -> None:
         Batch((0, 1, 2, 3), (1.0,) * 4, (0,) * 4).of_worker(0, 3)
 
 
+def named(count: int) -> list[str]:
+    return [key_of({"clip": at}) for at in range(count)]
+
+
 def test_clips_held_out_are_a_share_of_their_own() -> None:
-    keys, _ = dataset(100, 0)
+    keys = named(100)
     train, held_out = split_held_out(keys, 0.1)
     assert len(held_out) == 10
     assert sorted(train + held_out) == list(range(100))
@@ -138,7 +151,7 @@ def test_clips_held_out_are_a_share_of_their_own() -> None:
 
 
 def test_clips_held_out_stay_when_others_join() -> None:
-    keys, _ = dataset(220, 0)
+    keys = named(220)
     before = {keys[row] for row in split_held_out(keys[:200], 0.1)[1]}
     after = {keys[row] for row in split_held_out(keys, 0.1)[1]}
     assert len(after) == 22
