@@ -26,6 +26,8 @@ FP32 = 4  # bytes
 # Share of the card that a plan leaves free: the allocator's fragmentation, cuBLAS and cuDNN workspaces, NCCL's buffers
 # beyond RUNTIME_BYTES. An assumption; to be set from measured peaks.
 MARGIN = 0.08
+# On a small card those take no smaller part: 12 GiB with 0.9 left free did not end its first step within two minutes.
+LEAST_MARGIN = 2 * GIB
 # CUDA's context, its loaded kernels and NCCL's channels: 1 to 1.5 GiB as nvidia-smi shows them on H200. Torch's
 # allocator does not count them.
 RUNTIME_BYTES = 1.25 * GIB
@@ -214,7 +216,7 @@ def gpu_bytes(config: RunConfig, world: World) -> float:
 
 
 def usable(limit: float) -> float:
-    return limit * (1 - MARGIN)
+    return limit - max(MARGIN * limit, LEAST_MARGIN)
 
 
 def _element(config: RunConfig, world: World) -> int:

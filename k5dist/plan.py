@@ -17,7 +17,7 @@ from typing import Any
 from k5dist import estimate, memory, storage
 from k5dist.config import ConfigError, RunConfig
 from k5dist.datasets import DatasetConfig
-from k5dist.estimate import Recompute
+from k5dist.estimate import GIB, Recompute
 from k5dist.memory import Memory
 from k5dist.pools import Pools, settle_pools
 from k5dist.shapes import Bucket
@@ -280,5 +280,6 @@ def _memory_note(needed: float, gpu_bytes: float) -> str | None:
     if needed > gpu_bytes:
         return "MORE MEMORY THAN THE GPU HAS: more shards or context parallelism, a smaller bucket"
     if needed > memory.usable(gpu_bytes):
-        return f"less than {memory.MARGIN:.0%} of the GPU would stay free: it may run out of memory"
+        free = (gpu_bytes - memory.usable(gpu_bytes)) / GIB
+        return f"less than {free:.1f} GiB of the GPU would stay free: it may run out of memory"
     return None

@@ -30,6 +30,7 @@ from k5dist.benchmark.load import time_loading
 from k5dist.benchmark.settings import Benchmark
 from k5dist.benchmark.shares import device_work, longest_kernels, operator_shares, shares_of
 from k5dist.config import RunConfig, TreadConfig
+from k5dist.console import say
 from k5dist.estimate import GIB, clip_flops, gpu_facts
 from k5dist.model.dit import VideoTransformer
 from k5dist.model.forward import Text
@@ -47,7 +48,12 @@ from k5dist.train.worker import start_process_group
 def main(spec_path: str, result_path: str) -> int:
     benchmarks = [Benchmark.from_mapping(body) for body in json.loads(Path(spec_path).read_text())]
     device = start_process_group(benchmarks[0].plan)
-    results = [_alone(benchmark, device) for benchmark in benchmarks]
+    results = []
+    for number, benchmark in enumerate(benchmarks, 1):
+        results.append(_alone(benchmark, device))
+        if dist.get_rank() == 0 and len(benchmarks) > 1:
+            peak, seconds = results[-1]["memory"]["peak_gib"], results[-1]["median_step_seconds"]
+            say(f"{number} of {len(benchmarks)}: {seconds:.3f} s a step, {peak:.2f} GiB")
     if dist.get_rank() == 0:
         Path(result_path).write_text(json.dumps(results))
     dist.barrier()
@@ -200,9 +206,10 @@ def make_step(clip: Clip, num_real: int, number: int) -> Step:
 def peak_memory(device: torch.device) -> dict[str, float]:
     if device.type != "cuda":
         return {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    retries = torch.cuda.memory_stats()["num_alloc_retries"]  # times that memory lay waste and was gathered: slow
     peaks = torch.tensor([torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()], device=device)
     dist.all_reduce(peaks, dist.ReduceOp.MAX)
-    return {"peak_gib": int(peaks[0]) / GIB, "peak_reserved_gib": int(peaks[1]) / GIB}
+    return {"peak_gib": int(peaks[0]) / GIB, "peak_reserved_gib": int(peaks[1]) / GIB, "retries": retries}
 
 
 def predicted(benchmark: Benchmark) -> dict[str, float]:

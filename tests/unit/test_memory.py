@@ -10,8 +10,9 @@ import pytest
 
 from k5dist import estimate, memory
 from k5dist.compose import compose, to_run_config
-from k5dist.config import RunConfig
+from k5dist.config import ConfigError, RunConfig
 from k5dist.estimate import GIB, MIB, Recompute
+from k5dist.fit import check
 from k5dist.memory import Memory
 from k5dist.plan import ClusterFacts, RunPlan, estimates, make_plan
 from k5dist.shapes import Bucket
@@ -252,7 +253,7 @@ def test_the_host_takes_no_more_than_the_gpu_needs_and_it_may() -> None:
     assert some.recompute.keep + some.recompute.attention == 60 > alone.recompute.attention
     assert much.recompute.keep == 60 > some.recompute.keep
     for plan in (alone, some, much):
-        assert estimates(plan).memory.total <= estimate.gpu_facts(H200)[2] * (1 - memory.MARGIN)
+        assert estimates(plan).memory.total <= memory.usable(estimate.gpu_facts(H200)[2])
     blocks, lse = some.recompute.offload, TOKENS * 32 * 4
     attention, everything = 2 * UNIT + lse, 8.7 * UNIT + TOKENS * 16384 * 2 + lse
     linear = max(0, blocks - some.recompute.attention)
@@ -291,7 +292,7 @@ def test_auto_keeps_attention_on_a_large_gpu_and_less_on_a_smaller() -> None:
 )
 def test_auto_fills_the_gpu_up_to_its_margin(overrides: tuple[str, ...], gpus: int, name: str) -> None:
     plan = planned(*overrides, gpus=gpus, name=name)
-    limit = estimate.gpu_facts(name)[2] * (1 - memory.MARGIN)
+    limit = memory.usable(estimate.gpu_facts(name)[2])
     keep, attention = plan.recompute.keep, plan.recompute.attention
     assert estimates(plan).memory.total <= limit
     all_blocks = keep + attention == plan.config.model.num_visual_blocks
@@ -345,3 +346,18 @@ def test_muon_keeps_one_moment_of_the_matrices_and_an_average_is_a_weight_more()
     adapters = 60 * 2 * 4 * 32 * 8192 + 4 * 4 * 32 * 8192
     assert averaged.optimizer - plain.optimizer == 4 * adapters / 2
     assert predict(*PRO, "ema.enabled=true", "ema.device=host").optimizer == plain.optimizer
+
+
+def test_a_share_of_the_gpu_is_planned_by() -> None:
+    """With less of the card to take, less is kept, and the plan stays within it."""
+    words = ["+flavour=t2v-lite-sft-5s", "data.num_frames=121", "data.resolution=[512,768]"]
+    facts = ClusterFacts(1, "NVIDIA H200")
+    whole, share = (
+        make_plan(to_run_config(compose([*words, *more])), facts, "") for more in ([], ["train.gpu_memory_gib=24"])
+    )
+    assert (whole.recompute.keep, share.recompute.keep < 32) == (32, True)
+    needed = memory.predict(share.config, share.world, share.buckets[0], share.recompute)
+    assert needed.total <= 24 * GIB < memory.predict(whole.config, whole.world, whole.buckets[0], whole.recompute).total
+    assert share.run_fingerprint == whole.run_fingerprint
+    with pytest.raises(ConfigError, match=r"of 6\.0 \(NVIDIA H200\)"):
+        check(to_run_config(compose([*words, "train.gpu_memory_gib=6"])), facts)
