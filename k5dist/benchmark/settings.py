@@ -14,6 +14,31 @@ from k5dist.schema import build, one_of, positive
 from k5dist.shapes import Bucket
 from k5dist.world import ClusterFacts, make_world
 
+# What `methods` times: a name and the overrides that choose the method.
+PLAIN = "lora"
+_FULL = ("adapter=full", "optimizer.lr=1e-5")
+_ROLLOUT = ("rollout.probability=1", "rollout.start_step=0", "rollout.ramp_steps=1", "rollout.min_sigma=1e-3")
+METHODS: dict[str, tuple[str, ...]] = {
+    PLAIN: (),
+    "lora_ffn": ("lora.targets=attention+ffn",),
+    "tread_half": ("tread.routes=[{selection_ratio:0.5,start_layer_idx:2,end_layer_idx:-2}]",),
+    "crepa": ("crepa.enabled=true", "crepa.block_index=1"),
+    "rollout_one_step": (*_ROLLOUT, "rollout.max_steps=1"),
+    "ema": ("ema.enabled=true",),
+    "recompute_full": ("train.activation_checkpointing=full",),
+    "recompute_attention": ("train.activation_checkpointing=attention",),
+    "stream_weights": ("train.stream_weights=true",),
+    "float8": ("train.float8=true",),
+    "full_adamw_bf16": (*_FULL, "optimizer.kind=adamw_bf16"),
+    "full_adamw_bf16_ema": (*_FULL, "optimizer.kind=adamw_bf16", "ema.enabled=true"),
+    "full_adamw": (*_FULL, "optimizer.kind=adamw"),
+    "full_adamw_8bit": (*_FULL, "optimizer.kind=adamw_8bit"),
+    "full_adafactor": (*_FULL, "optimizer.kind=adafactor", "optimizer.lr=1e-2"),
+    "full_adamw_schedulefree": (*_FULL, "optimizer.kind=adamw_schedulefree"),
+    "full_prodigy": (*_FULL, "optimizer.kind=prodigy", "optimizer.lr=1"),
+    "full_muon": (*_FULL, "optimizer.kind=muon"),
+}
+
 
 @dataclass(frozen=True)
 class BenchmarkSettings:
@@ -26,6 +51,7 @@ class BenchmarkSettings:
     density: float
     baseline: str
     profile: bool
+    methods: tuple[str, ...] | None
     checkpoint: str | None
     out: str | None
 
@@ -41,6 +67,8 @@ class BenchmarkSettings:
         if not 0 < self.density <= 1:
             rule = "a share of the blocks, 0 < share ≤ 1"
             raise ConfigError("benchmark.density", self.density, rule, "benchmark.density=0.2")
+        for name in self.methods or ():
+            one_of("benchmark.methods", name, METHODS)
         one_of("benchmark.baseline", self.baseline, ("none", "diffusers"))
 
 

@@ -15,7 +15,7 @@ _KINDS = (
     ("other", r"^triton_(poi|red|per)_"),
     ("communication", r"nccl|gloo|c10d|all_gather|reduce_scatter|all_to_all|allreduce"),
     ("attention", r"flash|fmha|sdpa|scaled_dot_product|flex_attention|compute_dot_do_o|convert_dq|nabla"),
-    # Of `k5dist.model.nabla_triton` and `nabla_blocks_triton`.
+    # Of `k5dist.model.nabla_kernels_triton` and `nabla_blocks_triton`.
     ("attention", r"\b(forward|forward_online|dkdv|dq|_mean|_row_product|_keep|_row_list|_column_list)_kernel\b"),
     ("attention", r"text_attention|\btext_(forward|dq|dkdv)_kernel\b"),  # `k5dist.model.text_attention`'s
     ("linear", r"gemm|gemv|nvjet|cutlass|xmma|addmm|::mm|::bmm|fused_mm|splitk|scaled_mm"),

@@ -93,3 +93,24 @@ def test_nabla_is_timed_at_the_density_that_is_asked_for(reports: dict[str, dict
     assert result["density"] == pytest.approx(0.712, abs=0.05)
     assert reports["sparse"]["config"]["model"]["attention_P"] == pytest.approx((0.7 - 0.52) / 0.48, rel=1e-4)
     assert f"counted on the {result['density']:.1%} of blocks that NABLA kept" in reports["sparse"]["log"]
+
+
+def test_methods_stand_beside_plain_lora(tmp_path: Path) -> None:
+    """Each is timed as it is chosen; what this device cannot do is told and left out."""
+    methods = "benchmark.methods=[crepa,ema,float8]"
+    command = [sys.executable, "-m", "k5dist.benchmark", "methods", "+flavour=t2v-tiny", methods]
+    command += [
+        "cluster.workers_per_node=1",
+        "benchmark.steps=1",
+        "benchmark.warmup=1",
+        f"benchmark.out={tmp_path}/m.json",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(Path(k5dist.__file__).parent.parent)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "left out: float8: train.float8" in done.stdout + done.stderr
+    results = {result["method"]: result for result in json.loads((tmp_path / "m.json").read_text())["results"]}
+    assert results.keys() == {"lora", "crepa", "ema"}
+    assert results["lora"]["losses"] == results["ema"]["losses"] != results["crepa"]["losses"]

@@ -40,7 +40,7 @@ def test_every_gradient_is_finite_each_time(flavour: str, policy: str) -> None:
     overrides = [f"+flavour={flavour}", "adapter=full", "data.num_frames=121", "data.resolution=[512,768]"]
     overrides += ["model.attention_type=regular", "optimizer.kind=adamw_bf16"]
     config = to_run_config(compose([*overrides, f"train.activation_checkpointing={policy}"]))
-    settings = BenchmarkSettings(4, 1, 1, 256, 1.0, "none", False, None, None)
+    settings = BenchmarkSettings(4, 1, 1, 256, 1.0, "none", False, None, None, None)
     plan = plan_benchmark(config, settings, ClusterFacts(1, torch.cuda.get_device_name()))
     benchmark = Benchmark(dataclasses.replace(plan), settings, "k5dist")
     transformer = build(benchmark, GPU)

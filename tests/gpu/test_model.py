@@ -205,7 +205,7 @@ def test_a_step_waits_for_the_device_once(tmp_path: Any, monkeypatch: pytest.Mon
 
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}.items():
         monkeypatch.setenv(key, value)
-    settings = BenchmarkSettings(2, 1, 1, 64, 0.5, "none", False, None, None)
+    settings = BenchmarkSettings(2, 1, 1, 64, 0.5, "none", False, None, None, None)
     overrides = ["+flavour=t2v-pro-sft-5s-hd", "data.num_frames=5", "data.resolution=[256,384]"]
     for adapter in (["adapter=lora"], ["adapter=full", "optimizer.kind=adamw_bf16"]):
         config = to_run_config(compose([*overrides, *adapter]))

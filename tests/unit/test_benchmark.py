@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 import k5dist.model
 from k5dist.benchmark import __main__ as command
+from k5dist.benchmark import runner
 from k5dist.benchmark.baseline import StockTransformer
 from k5dist.benchmark.density import with_density
 from k5dist.benchmark.scale import main as measure_scale
@@ -135,7 +136,7 @@ def own_kernels() -> list[str]:
     folder = Path(k5dist.model.__file__).parent
     sources = [
         (folder / name).read_text()
-        for name in ("nabla_triton.py", "nabla_blocks_triton.py", "text_attention_triton.py")
+        for name in ("nabla_kernels_triton.py", "nabla_blocks_triton.py", "text_attention_triton.py")
     ]
     return [name for source in sources for name in re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE)]
 
@@ -265,6 +266,7 @@ def test_dense_attention_has_no_density() -> None:
         (["train", "+flavour=t2v-tiny", "benchmark.baseline=stock"], "benchmark.baseline"),
         (["train", "+flavour=t2v-tiny-nabla", "benchmark.density=0.2"], "benchmark.density"),
         (["train", "+flavour=t2v-tiny", "parallel.context=2", "benchmark.baseline=diffusers"], "benchmark.baseline"),
+        (["methods", "+flavour=t2v-tiny", "benchmark.methods=[lorra]"], "benchmark.methods"),
         (["trian", "+flavour=t2v-tiny"], "command"),
         ([], "command"),
     ],
@@ -275,7 +277,7 @@ def test_a_mistake_is_one_block_and_starts_no_gang(
     def start(*args: Any, **options: Any) -> None:
         pytest.fail("a gang was started")
 
-    monkeypatch.setattr(command.subprocess, "run", start)
+    monkeypatch.setattr(runner.subprocess, "run", start)
     assert command.main(arguments) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "Configuration error"
