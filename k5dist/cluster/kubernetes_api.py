@@ -98,6 +98,8 @@ class Api:
 
     def log(self, pod: str) -> Iterator[str]:
         """The pod's log, line by line as it comes; ends with the pod's container, or with the connection."""
+        from urllib3.exceptions import HTTPError
+
         read = self._core.read_namespaced_pod_log
         response = self._call(read, pod, self.namespace, follow=True, _request_timeout=_LOG_TIMEOUT)
         pending = b""
@@ -105,6 +107,8 @@ class Api:
             for piece in response.stream(amt=None, decode_content=True):
                 *lines, pending = (pending + piece).split(b"\n")
                 yield from (line.decode(errors="replace") for line in lines)
+        except (HTTPError, OSError) as error:
+            raise self._silent(error) from error
         finally:
             response.release_conn()
         if pending:
@@ -128,7 +132,10 @@ class Api:
         except ApiException as error:
             raise self._meaning(error) from error
         except (HTTPError, OSError) as error:
-            raise Unreachable(f"the API server {self.address} does not answer ({_reason(error)})") from error
+            raise self._silent(error) from error
+
+    def _silent(self, error: BaseException) -> Unreachable:
+        return Unreachable(f"the API server {self.address} does not answer ({_reason(error)})")
 
     def _meaning(self, error: Any) -> Exception:
         """The error that says what to do about the server's answer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 from typing import Any
@@ -40,15 +41,13 @@ class LogTail:
     def _follow(self) -> None:
         while not self._stopped.is_set():
             last = self._last_round.is_set()
-            try:
+            with contextlib.suppress(Unreachable, ConfigError):  # the follower says what is wrong
                 pod = self._newest()
                 if pod is not None:
                     self._show(pod)
-            except (Unreachable, ConfigError):  # the follower says what is wrong
-                pass
-            if last:
-                return
-            self._last_round.wait(self._poll)
+                if last:
+                    return
+            self._stopped.wait(self._poll)
 
     def _newest(self) -> str | None:
         pods: list[dict[str, Any]] = self._api.pods(self._selector)

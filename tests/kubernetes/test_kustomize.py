@@ -159,16 +159,6 @@ def test_a_typo_in_an_overlay_is_caught(tmp_path: Path) -> None:
     assert any("replica" in problem for problem in problems(deployment))
 
 
-def test_the_submitter_may_do_what_the_client_asks_and_no_more() -> None:
-    """The role against the calls of k5dist.cluster.kubernetes_api, which tests/kubernetes/test_submission.py makes."""
-    documents = list(yaml.safe_load_all((K8S / "base" / "access.yaml").read_text()))
-    (role,) = [document for document in documents if document["kind"] == "Role"]
-    allowed = {(r, verb) for rule in role["rules"] for r in rule["resources"] for verb in rule["verbs"]}
-    from tests.kubernetes.api_server import ASKED
-
-    assert allowed == ASKED
-
-
 def test_the_image_holds_what_the_wheel_needs_and_no_more() -> None:
     text = (K8S / "Dockerfile").read_text()
     bases = re.findall(r"^FROM (\S+)", text, re.MULTILINE)
