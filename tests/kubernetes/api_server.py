@@ -1,8 +1,8 @@
 """A stand-in for a cluster: an API server on loopback that speaks HTTP, and a small operator behind it.
 
 It enforces what makes submissions fail: a login, the rights of the role in k8s/base/access.yaml, namespaces, quotas,
-KubeRay's schemas, names that are taken. What becomes of a RayJob a test writes as a generator, a step for each look that
-the client takes at it, so nothing here waits for a time.
+KubeRay's schemas, names that are taken. What becomes of a RayJob a test writes as a generator, a step for each look
+that the client takes at it, so nothing here waits for a time.
 """
 
 from __future__ import annotations
@@ -87,8 +87,17 @@ class Cluster:
     # What scripts do.
 
     def pod(self, job: dict[str, Any], name: str, labels: dict[str, str], **status: Any) -> dict[str, Any]:
-        metadata = {"name": name, "uid": uuid.uuid4().hex, "labels": labels, "creationTimestamp": f"2026-{len(self.pods)}"}
-        self.pods[name] = {"metadata": metadata, "status": {"phase": "Pending", **status}, "owner": job["metadata"]["uid"]}
+        metadata = {
+            "name": name,
+            "uid": uuid.uuid4().hex,
+            "labels": labels,
+            "creationTimestamp": f"2026-{len(self.pods)}",
+        }
+        self.pods[name] = {
+            "metadata": metadata,
+            "status": {"phase": "Pending", **status},
+            "owner": job["metadata"]["uid"],
+        }
         return self.pods[name]
 
     def ray_pods(self, job: dict[str, Any], **status: Any) -> None:
@@ -115,7 +124,9 @@ class Cluster:
         if token != f"Bearer {TOKEN}":
             raise Refused(401, "Unauthorized", "Unauthorized")
         if (resource, verb) not in self.rights:
-            message = f'{resource} is forbidden: User "me" cannot {verb} resource "{resource}" in namespace "{NAMESPACE}"'
+            message = (
+                f'{resource} is forbidden: User "me" cannot {verb} resource "{resource}" in namespace "{NAMESPACE}"'
+            )
             raise Refused(403, "Forbidden", message)
         self.asked.add((resource, verb))
 
@@ -201,7 +212,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._serve()
 
-    do_POST = do_PATCH = do_DELETE = do_GET  # noqa: N815 (the names are http.server's)
+    do_POST = do_PATCH = do_DELETE = do_GET
 
     def _serve(self) -> None:
         url = urlparse(self.path)
@@ -276,7 +287,9 @@ class _Handler(BaseHTTPRequestHandler):
         sent = 0
         while True:
             with cluster.changed:
-                cluster.changed.wait_for(lambda: len(cluster.logs.get(pod, [])) > sent or _ended(cluster, pod), timeout=20)
+                while len(cluster.logs.get(pod, [])) <= sent and not _ended(cluster, pod):
+                    if not cluster.changed.wait(20):
+                        return
                 fresh = cluster.logs.get(pod, [])[sent:]
                 ended = _ended(cluster, pod)
             for line in fresh:

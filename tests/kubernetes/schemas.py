@@ -1,13 +1,14 @@
 """What an API server with KubeRay's resources would say of a manifest: unknown fields, wrong types, what is missing.
 
-Core kinds go by Kubernetes' own OpenAPI, RayJob and RayCluster by KubeRay's own CRDs. Not evaluated: the CRDs' CEL rules,
-all of which concern fields that k5dist does not write (deletionStrategy, managedBy, clusterSelector, authOptions' token).
+Core kinds go by Kubernetes' own OpenAPI, RayJob and RayCluster by KubeRay's own CRDs. Not evaluated: the CRDs' CEL
+rules, which concern fields that k5dist does not write (see `CEL_FIELDS`).
 """
 
 from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import yaml
 VARIABLE = "K5DIST_KUBERAY_CRDS"
 _BESIDE = Path(__file__).parents[2].parent / "shared" / "data" / "kuberay-crds"
 RAY_KINDS = {"RayJob": "rayjobs", "RayCluster": "rayclusters"}
+CEL_FIELDS = ("deletionStrategy", "managedBy", "gcsFaultToleranceOptions")
 CRDS = Path(os.environ.get(VARIABLE) or _BESIDE)
 
 needs_crds = pytest.mark.skipif(
@@ -39,6 +41,18 @@ def problems(manifest: dict[str, Any]) -> list[str]:
     return said + _core_problems(stand_in)
 
 
+def fields_with_rules(node: Any, path: str = "") -> Iterator[str]:
+    """Paths of a structural schema's fields that have CEL rules."""
+    if isinstance(node, dict):
+        if isinstance(node.get("x-kubernetes-validations"), list):
+            yield path
+        for key, child in node.items():
+            yield from fields_with_rules(child, f"{path}.{key}")
+    elif isinstance(node, list):
+        for child in node:
+            yield from fields_with_rules(child, path)
+
+
 def _core_problems(manifest: dict[str, Any]) -> list[str]:
     try:
         kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)
@@ -50,13 +64,20 @@ def _core_problems(manifest: dict[str, Any]) -> list[str]:
 
 
 @functools.cache
-def _schema(kind: str) -> dict[str, Any]:
+def structural(kind: str) -> dict[str, Any]:
+    """The schema of the version that is stored, as the CRD has it."""
     text = (CRDS / f"ray.io_{RAY_KINDS[kind]}.yaml").read_text()
     crd = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     version = next(version for version in crd["spec"]["versions"] if version["storage"])
-    schema = strict(version["schema"]["openAPIV3Schema"])
+    assert version["name"] == "v1"
+    return version["schema"]["openAPIV3Schema"]
+
+
+@functools.cache
+def _schema(kind: str) -> dict[str, Any]:
+    schema = strict(structural(kind))
     schema["properties"]["metadata"] = {"type": "object"}
-    schema["properties"]["apiVersion"] = {"const": f"ray.io/{version['name']}"}
+    schema["properties"]["apiVersion"] = {"const": "ray.io/v1"}
     schema["required"] = ["apiVersion", "kind", "metadata", "spec"]
     return schema
 

@@ -33,7 +33,8 @@ TINY = [
 ]  # fmt: skip
 PRO = [
     "+flavour=t2v-pro-sft-5s-hd", "name=t2v-pro-sft-5s-hd", *COMMON, "data.source=s3://k5dist/clips",
-    "cluster.nodes=2", "cluster.gpus_per_node=8", "parallel.context=2", "kubernetes.huggingface_secret=k5dist-huggingface",
+    "cluster.nodes=2", "cluster.gpus_per_node=8", "parallel.context=2",
+    "kubernetes.huggingface_secret=k5dist-huggingface",
     "kubernetes.node_selector={nvidia.com/gpu.product:NVIDIA-H100-80GB-HBM3}",
     "kubernetes.tolerations=['nvidia.com/gpu:NoSchedule']", "kubernetes.rdma_resource=rdma/rdma_shared_device_a",
     "kubernetes.cpus=96", "kubernetes.memory=1000Gi", "kubernetes.shared_memory=200Gi", "kubernetes.head_cpus=4",
@@ -74,7 +75,9 @@ def test_rays_manifests_are_what_the_launcher_renders(file: str) -> None:
     plan = plan_of(*overrides)
     rendered = manifests.rayjob(plan, overrides) if kind == "RayJob" else manifests.raycluster(plan, name)
     assert rendered["metadata"]["name"] == name
-    said = "# Rendered by k5dist.cluster.manifests; after a change there: tests/kubernetes/test_kustomize.py says how.\n"
+    said = (
+        "# Rendered by k5dist.cluster.manifests; after a change there: tests/kubernetes/test_kustomize.py says how.\n"
+    )
     if UPDATE:
         (K8S / file).write_text(said + manifests.to_yaml(rendered), encoding="utf-8")
     assert yaml.safe_load((K8S / file).read_text(encoding="utf-8")) == rendered
@@ -171,4 +174,3 @@ def test_the_image_holds_what_the_wheel_needs_and_no_more() -> None:
     allowed = {line[1:] for line in (K8S / "Dockerfile.dockerignore").read_text().splitlines() if line.startswith("!")}
     assert names == allowed
     assert all((K8S.parent / name).exists() for name in names)
-

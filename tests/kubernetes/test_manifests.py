@@ -18,7 +18,7 @@ from k5dist.cluster import manifests
 from k5dist.compose import compose, expand_files, flavours, normalise_arguments, to_run_config
 from k5dist.config import ConfigError
 from tests.kubernetes.plans import COMMON, DEV, plan_of, rayjob_of
-from tests.kubernetes.schemas import needs_crds, problems
+from tests.kubernetes.schemas import CEL_FIELDS, RAY_KINDS, fields_with_rules, needs_crds, problems, structural
 
 S3 = ("storage.root=s3://bucket/k5dist", "tracking.uri=http://mlflow:5000", "kubernetes.s3_secret=k5dist-s3")
 VARIANTS = {
@@ -27,7 +27,8 @@ VARIANTS = {
         *S3, "cluster.nodes=4", "cluster.gpus_per_node=8", "train.batch_size=32",
         "kubernetes.node_selector={nvidia.com/gpu.product:NVIDIA-H100-80GB-HBM3}",
         "kubernetes.tolerations=['nvidia.com/gpu:NoSchedule','team=video:NoExecute']",
-        "kubernetes.rdma_resource=rdma/rdma_shared_device_a", "kubernetes.environment={NCCL_IB_HCA:mlx5,NCCL_DEBUG:INFO}",
+        "kubernetes.rdma_resource=rdma/rdma_shared_device_a",
+        "kubernetes.environment={NCCL_IB_HCA:mlx5,NCCL_DEBUG:INFO}",
         "kubernetes.queue=gpus", "kubernetes.queue_priority=high", "kubernetes.priority_class=training",
         "kubernetes.mlflow_secret=k5dist-mlflow", "kubernetes.huggingface_secret=k5dist-hf",
         "kubernetes.image_pull_secret=registry", "kubernetes.deadline_seconds=86400", "kubernetes.retries=2",
@@ -69,6 +70,16 @@ def pods_of(rayjob: dict[str, Any]) -> list[dict[str, Any]]:
     cluster = rayjob["spec"]["rayClusterSpec"]
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     return [*(group["template"] for group in groups), rayjob["spec"]["submitterPodTemplate"]]
+
+
+@needs_crds
+def test_no_field_is_written_that_only_a_rule_could_check() -> None:
+    for kind in RAY_KINDS:
+        for path in fields_with_rules(structural(kind)):
+            assert set(path.split(".")) & set(CEL_FIELDS), f"{path} has CEL rules, which `problems` does not evaluate"
+    for variant in VARIANTS.values():
+        text = manifests.to_yaml(rayjob_of("+flavour=t2v-tiny", *COMMON, *variant))
+        assert not [field for field in CEL_FIELDS if f"{field}:" in text]
 
 
 @needs_crds

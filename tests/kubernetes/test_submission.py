@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from k5dist.cluster import manifests, trouble
 from k5dist.cluster.kubernetes_api import Api
 from k5dist.cluster.rayjob import Pace, run
 from k5dist.config import ConfigError
@@ -102,7 +103,9 @@ def stays(**status: Any) -> Script:
 def refuses_pods(message: str) -> Script:
     def script(cluster: Cluster, job: dict[str, Any]) -> Iterator[None]:
         job["status"] = {"jobDeploymentStatus": "Initializing", "rayClusterName": f"{NAME}-abcde"}
-        cluster.warn(f"{NAME}-abcde", "of the Ray cluster", "FailedToCreateHeadPod", f"Failed to create head Pod: {message}")
+        cluster.warn(
+            f"{NAME}-abcde", "of the Ray cluster", "FailedToCreateHeadPod", f"Failed to create head Pod: {message}"
+        )
         while True:
             yield
 
@@ -130,8 +133,8 @@ def unschedulable(message: str) -> dict[str, Any]:
 
 def follow(cluster: Cluster, folder: Path, *overrides: str) -> int:
     typed = [*DEV, f"name={NAME}", f"kubernetes.kubeconfig={cluster.kubeconfig(folder)}", *overrides]
-    kubernetes = plan_of(*typed).config.kubernetes
-    return run(Api(kubernetes), rayjob_of(*typed), kubernetes, QUICK)
+    plan = plan_of(*typed)
+    return run(Api(plan.config.kubernetes), manifests.rayjob(plan, typed), plan.config.kubernetes, QUICK)
 
 
 def refused(cluster: Cluster, folder: Path, *overrides: str) -> ConfigError:
@@ -220,20 +223,14 @@ def test_pods_that_cannot_start_end_it(
     assert words in capsys.readouterr().out, "it is said at once, before it is believed"
 
 
-@pytest.mark.parametrize(
-    ("message", "key"),
-    [
-        ("0/3 nodes are available: 3 Insufficient nvidia.com/gpu.", "cluster.gpus_per_node"),
-        ("0/3 nodes are available: 3 node(s) didn't match Pod's node affinity/selector.", "kubernetes.node_selector"),
-        ("0/3 nodes are available: 3 node(s) had untolerated taint {gpu: }.", "kubernetes.tolerations"),
-        ("0/3 nodes are available: 3 Insufficient cpu.", "kubernetes.cpus"),
-    ],
-)
-def test_pods_that_no_node_takes_wait_for_a_while(message: str, key: str, tmp_path: Path) -> None:
+def test_pods_that_no_node_takes_wait_for_a_while(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
     with Cluster(stays(**unschedulable(message))) as cluster:
         error = refused(cluster, tmp_path, "kubernetes.start_seconds=1")
-    assert (error.key, message in error.rule) == (key, True)
+    assert error.key == "cluster.gpus_per_node"
+    assert message in error.rule
     assert "start_seconds=1" in error.rule
+    assert "waiting: " in capsys.readouterr().out
 
 
 def test_an_operator_that_does_nothing_is_noticed(tmp_path: Path) -> None:
@@ -244,6 +241,35 @@ def test_an_operator_that_does_nothing_is_noticed(tmp_path: Path) -> None:
     with Cluster(nothing) as cluster:
         error = refused(cluster, tmp_path, "kubernetes.start_seconds=1")
     assert "is the operator running" in error.fix
+
+
+@pytest.mark.parametrize(
+    ("message", "key"),
+    [
+        ("3 Insufficient nvidia.com/gpu.", "cluster.gpus_per_node"),
+        ("3 Insufficient rdma/x.", "kubernetes.rdma_resource"),
+        ("3 node(s) didn't match Pod's node affinity/selector.", "kubernetes.node_selector"),
+        ("3 node(s) had untolerated taint {gpu: }.", "kubernetes.tolerations"),
+        ("3 Insufficient cpu.", "kubernetes.cpus"),
+    ],
+)
+def test_which_key_a_schedulers_words_mean(message: str, key: str) -> None:
+    kubernetes = plan_of(*DEV, "kubernetes.rdma_resource=rdma/x").config.kubernetes
+    pod = {"metadata": {"name": "x"}, "status": unschedulable(f"0/3 nodes are available: {message}")}
+    found = trouble.find(kubernetes, [pod], [])
+    assert found is not None
+    assert (found.error.key, found.waiting) == (key, True)
+
+
+def test_the_gravest_trouble_comes_first() -> None:
+    kubernetes = plan_of(*DEV).config.kubernetes
+    waits = {"metadata": {"name": "a"}, "status": unschedulable("3 Insufficient cpu.")}
+    stands = {"metadata": {"name": "b"}, "status": waiting("ImagePullBackOff", "denied")}
+    for pods in ([waits, stands], [stands, waits]):
+        found = trouble.find(kubernetes, pods, [])
+        assert found is not None
+        assert found.error.key == "kubernetes.image"
+    assert trouble.find(kubernetes, [{"metadata": {"name": "c"}, "status": {"phase": "Running"}}], []) is None
 
 
 def test_an_image_that_comes_after_all_is_waited_for(tmp_path: Path) -> None:
@@ -342,7 +368,7 @@ def test_a_wrong_address(tmp_path: Path) -> None:
         closed.bind(("127.0.0.1", 0))
         file.write_text(file.read_text().replace(cluster.address, f"http://127.0.0.1:{closed.getsockname()[1]}"))
         kubernetes = plan_of(*DEV, f"kubernetes.kubeconfig={file}").config.kubernetes
-        with pytest.raises(ConfigError, match="does not answer .*refused") as caught:
+        with pytest.raises(ConfigError, match=r"does not answer .*refused") as caught:
             run(Api(kubernetes), rayjob_of(*DEV), kubernetes, QUICK)
     assert caught.value.key == "kubernetes.context"
     assert "object at 0x" not in caught.value.rule
@@ -467,8 +493,7 @@ def test_the_whole_command(tmp_path: Path) -> None:
     assert output.rstrip().endswith(f"RayJob {NAME} finished")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_whole_command_is_interrupted(number: int, tmp_path: Path) -> None:
+def test_the_whole_command_is_interrupted(tmp_path: Path) -> None:
     processes: list[subprocess.Popen[str]] = []
     running = threading.Event()
 
@@ -481,7 +506,7 @@ def test_the_whole_command_is_interrupted(number: int, tmp_path: Path) -> None:
     with Cluster(script) as cluster:
         processes.append(launch(cluster, tmp_path))
         assert running.wait(60)
-        processes[0].send_signal(number)
+        processes[0].send_signal(signal.SIGINT)
         output, _ = processes[0].communicate(timeout=60)
         assert (cluster.rayjobs, cluster.pods) == ({}, {})
     assert processes[0].returncode == 130
@@ -494,5 +519,3 @@ def test_the_whole_command_is_refused(tmp_path: Path) -> None:
         _, error = process.communicate(timeout=60)
     assert process.returncode == 2
     assert error.startswith("Configuration error\n  key   kubernetes.queue")
-
-
