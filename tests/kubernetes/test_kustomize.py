@@ -98,7 +98,7 @@ def test_an_overlay_builds_into_what_a_server_takes(overlay: str) -> None:
     assert all(m["metadata"].get("namespace") == "k5dist" for m in built(overlay) if m["kind"] != "Namespace")
 
 
-def pods_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+def pods_of(manifest: Any) -> list[dict[str, Any]]:
     """Every pod template in a manifest."""
     if isinstance(manifest, list):
         return [pod for item in manifest for pod in pods_of(item)]
