@@ -54,7 +54,7 @@ def run(api: Api, rayjob: dict[str, Any], kubernetes: KubernetesConfig, pace: Pa
     if not kubernetes.follow:
         return 0
     try:
-        return _Follower(api, name, uid, kubernetes, pace).follow()
+        return _Follower(api, made, kubernetes, pace).follow()
     except ConfigError:
         _remove(api, name, uid, kubernetes, pace)
         raise
@@ -132,9 +132,12 @@ def _interrupted(api: Api, name: str, uid: str, kubernetes: KubernetesConfig, pa
 
 
 class _Follower:
-    def __init__(self, api: Api, name: str, uid: str, kubernetes: KubernetesConfig, pace: Pace) -> None:
-        self.api, self.name, self.uid, self.kubernetes, self.pace = api, name, uid, kubernetes, pace
-        self.log = LogTail(api, f"job-name={name}", pace.poll)
+    def __init__(self, api: Api, made: dict[str, Any], kubernetes: KubernetesConfig, pace: Pace) -> None:
+        self.api, self.kubernetes, self.pace = api, kubernetes, pace
+        self.name, self.uid = made["metadata"]["name"], made["metadata"]["uid"]
+        groups = made["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+        self.num_pods = 1 + sum(group["replicas"] for group in groups)
+        self.log = LogTail(api, f"job-name={self.name}", pace.poll)
         self._said: set[str] = set()
         self._trouble: tuple[Trouble, float] | None = None  # and since when
         self._starting = time.monotonic()
@@ -185,14 +188,17 @@ class _Follower:
         if running:
             self.log.start()
         pods = self.api.pods(f"ray.io/cluster={cluster}") if cluster else []
-        pods += self.api.pods(f"job-name={self.name}") if running else []
-        warnings = self.api.warnings(cluster) if cluster else []
-        # Events outlive their objects, and an earlier RayJob had this name, too.
-        warnings += [e for e in self.api.warnings(self.name) if e.get("involvedObject", {}).get("uid") == self.uid]
         now = time.monotonic()
-        if pods and all(pod.get("status", {}).get("phase") == "Running" for pod in pods):
+        warnings: list[dict[str, Any]] = []
+        if len(pods) < self.num_pods:  # events stay when what they tell of is long past
+            warnings = self.api.warnings(cluster) if cluster else []
+            # An earlier RayJob had this name, too.
+            of_job = self.api.warnings(self.name)
+            warnings += [event for event in of_job if event.get("involvedObject", {}).get("uid") == self.uid]
+        elif all(pod.get("status", {}).get("phase") == "Running" for pod in pods):
             self._starting = now
-            warnings = []  # of a pod that was refused, and made after all
+        if running:
+            pods += self.api.pods(f"job-name={self.name}")
         found = trouble.find(self.kubernetes, pods, warnings)
         if found is None:
             self._trouble = None

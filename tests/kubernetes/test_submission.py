@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,37 @@ def test_pods_that_no_node_takes_wait_for_a_while(tmp_path: Path, capsys: pytest
     assert message in error.rule
     assert "start_seconds=1" in error.rule
     assert "waiting: " in capsys.readouterr().out
+
+
+def test_workers_that_a_quota_refuses_while_the_head_runs(tmp_path: Path) -> None:
+    def script(cluster: Cluster, job: dict[str, Any]) -> Iterator[None]:
+        job["status"] = {"jobDeploymentStatus": "Initializing", "rayClusterName": f"{NAME}-abcde"}
+        cluster.pod(job, f"{NAME}-abcde-head", {"ray.io/cluster": f"{NAME}-abcde"}, phase="Running")
+        cluster.warn(f"{NAME}-abcde", "of the Ray cluster", "FailedToCreateWorkerPod", "exceeded quota: gpus")
+        while True:
+            yield
+
+    with Cluster(script) as cluster:
+        assert "exceeded quota" in refused(cluster, tmp_path).rule
+
+
+def test_what_is_past_does_not_end_a_job_that_runs(tmp_path: Path) -> None:
+    """A pod that was refused once, and a submitter's pod that Kubernetes had to start again."""
+
+    def script(cluster: Cluster, job: dict[str, Any]) -> Iterator[None]:
+        cluster.ray_pods(job, phase="Running")
+        cluster.warn(f"{NAME}-abcde", "of the Ray cluster", "FailedToCreateHeadPod", "exceeded quota: gpus")
+        start_driver(cluster, job)["status"]["phase"] = "Failed"
+        cluster.pod(job, f"{NAME}-submitter-again", {"job-name": NAME}, phase="Running")
+        until = time.monotonic() + 1.2
+        while time.monotonic() < until:
+            yield
+        cluster.pods[f"{NAME}-submitter-again"]["status"]["phase"] = "Succeeded"
+        job["status"] |= {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}
+        yield
+
+    with Cluster(script) as cluster:
+        assert follow(cluster, tmp_path, "kubernetes.start_seconds=1") == 0
 
 
 def test_an_operator_that_does_nothing_is_noticed(tmp_path: Path) -> None:
