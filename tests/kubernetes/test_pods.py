@@ -20,6 +20,7 @@ MISSING = [name for name in ("unshare", "ip") if shutil.which(name) is None]
 
 pytestmark = [
     pytest.mark.cluster,
+    pytest.mark.timeout(600),
     pytest.mark.skipif(bool(MISSING), reason=f"missing: {', '.join(MISSING)} (Debian: util-linux iproute2)"),
     pytest.mark.skipif(os.getuid() != 0, reason="name spaces need root"),
 ]
@@ -60,7 +61,7 @@ def test_the_entrypoint_trains_and_ending_pods_save_a_checkpoint(short_folder: P
     script = HOME / "tests" / "kubernetes" / "pods.sh"
     command = ["bash", script, short_folder, entrypoint, r"train: [0-9]*[5-9]/2000"]
     done = subprocess.run(
-        command, cwd=short_folder, env=environment, capture_output=True, text=True, timeout=280, check=False
+        command, cwd=short_folder, env=environment, capture_output=True, text=True, timeout=560, check=False
     )
     everything = f"{done.stdout}\n{done.stderr}\n{(short_folder / 'job.log').read_text()}"
     assert done.returncode == 0, everything
