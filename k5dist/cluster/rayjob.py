@@ -28,6 +28,14 @@ class Pace:
     unreachable: float = 300.0
 
 
+class Hopeless(Exception):
+    """The RayJob cannot come to anything as it is; `error` says why, and what to do."""
+
+    def __init__(self, error: ConfigError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 class Vanished(Exception):
     """Somebody else has deleted the RayJob."""
 
@@ -43,6 +51,29 @@ def run(api: Api, rayjob: dict[str, Any], kubernetes: KubernetesConfig, pace: Pa
     api.check(kubernetes.queue)
     made = _create(api, rayjob, kubernetes, pace)
     name, uid = made["metadata"]["name"], made["metadata"]["uid"]
+    try:
+        _announce(api, name, kubernetes)
+        if kubernetes.suspend or not kubernetes.follow:
+            return 0
+        return _Follower(api, made, kubernetes, pace).follow()
+    except Hopeless as hopeless:
+        _remove(api, name, uid, kubernetes, pace)
+        raise hopeless.error from None
+    except Vanished:
+        say(f"RayJob {name} was deleted; the same command goes on from the newest checkpoint")
+        return _STOPPED
+    except (ConfigError, Unreachable) as error:  # no more looking at it: it is none the worse for that
+        say(f"RayJob {name} may go on without this command: see the lines above")
+        if isinstance(error, ConfigError):
+            raise
+        say(str(error))
+        return 1
+    except KeyboardInterrupt:
+        _interrupted(api, name, uid, kubernetes, pace)
+        raise
+
+
+def _announce(api: Api, name: str, kubernetes: KubernetesConfig) -> None:
     where = f"--namespace {kubernetes.namespace}"
     say(f"submitted RayJob {kubernetes.namespace}/{name} to {api.address}")
     say(f"look: kubectl get rayjob {name} {where}   log: kubectl logs {where} --follow job/{name}")
@@ -50,23 +81,6 @@ def run(api: Api, rayjob: dict[str, Any], kubernetes: KubernetesConfig, pace: Pa
     if kubernetes.suspend:
         patch = """--type merge --patch '{"spec": {"suspend": false}}'"""
         say(f"it waits: kubectl patch rayjob {name} {where} {patch}")
-        return 0
-    if not kubernetes.follow:
-        return 0
-    try:
-        return _Follower(api, made, kubernetes, pace).follow()
-    except ConfigError:
-        _remove(api, name, uid, kubernetes, pace)
-        raise
-    except Vanished:
-        say(f"RayJob {name} was deleted; the same command goes on from the newest checkpoint")
-        return _STOPPED
-    except Unreachable as error:
-        say(f"{error}; RayJob {name} may go on without this command: see the lines above")
-        return 1
-    except KeyboardInterrupt:
-        _interrupted(api, name, uid, kubernetes, pace)
-        raise
 
 
 def _create(api: Api, rayjob: dict[str, Any], kubernetes: KubernetesConfig, pace: Pace) -> dict[str, Any]:
@@ -182,7 +196,7 @@ class _Follower:
         return f": it waits in queue {self.kubernetes.queue} ({look} says for what)"
 
     def _check_pods(self, status: dict[str, Any]) -> None:
-        """Show the log once there is one; raise ConfigError for what will not get better."""
+        """Show the log once there is one; raise Hopeless for what will not get better."""
         cluster = status.get("rayClusterName", "")
         running = status.get("jobDeploymentStatus") == "Running"
         if running:
@@ -206,9 +220,9 @@ class _Follower:
             self._trouble = (found, now)
             self._say_once(f"waiting: {found.line}" if found.waiting else found.line)
         elif not found.waiting and now - self._trouble[1] > self.pace.patience:
-            raise found.error
+            raise Hopeless(found.error)
         if now - self._starting > self.kubernetes.start_seconds:
-            raise self._not_started(found, running)
+            raise Hopeless(self._not_started(found, running))
 
     def _not_started(self, found: Trouble | None, running: bool) -> ConfigError:
         if found is not None:

@@ -229,6 +229,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             with self.cluster.changed:
                 answer = self._answer(parts, query, body)
+                self.cluster.changed.notify_all()  # a script may have ended a pod whose log is read
             self._send(200, answer)
         except Refused as refused:
             status = {"apiVersion": "v1", "kind": "Status", "status": "Failure", "reason": refused.reason}
