@@ -20,6 +20,7 @@ MISSING = [name for name in ("unshare", "ip") if shutil.which(name) is None]
 
 pytestmark = [
     pytest.mark.cluster,
+    pytest.mark.slow,
     pytest.mark.timeout(600),
     pytest.mark.skipif(bool(MISSING), reason=f"missing: {', '.join(MISSING)} (Debian: util-linux iproute2)"),
     pytest.mark.skipif(os.getuid() != 0, reason="name spaces need root"),
