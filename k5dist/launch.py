@@ -37,6 +37,8 @@ def plan_run(config: RunConfig) -> RunPlan:
 
     only_planning = config.stages == ("plan",) or submission.is_elsewhere(config)
     facts = submission.facts_elsewhere(config) if submission.is_elsewhere(config) else local_facts(config.cluster)
+    if facts.gpu_name is None:
+        facts = dataclasses.replace(facts, gpu_name=submission.selected_gpu(config))
     if facts.gpus_per_node == 0 and config.cluster.gpus_per_node is None and not config.flavour.generated:
         if config.needs_gpu:
             rule = f"{config.flavour.name} trains on GPUs, and this machine shows none"

@@ -31,9 +31,14 @@ def facts_elsewhere(config: RunConfig) -> ClusterFacts:
             rule = "the pods' GPUs are not this machine's: say how many each has"
             raise ConfigError("cluster.gpus_per_node", None, rule, "cluster.gpus_per_node=8")
         gpus = 0
+    name = selected_gpu(config)
+    return ClusterFacts(gpus, name, assumed=name is None)
+
+
+def selected_gpu(config: RunConfig) -> str | None:
+    """The kind of GPU that the node selector names: the head pod, where the driver plans, has none to look at."""
     name = config.kubernetes.node_selector.get(_GPU_LABEL, "").replace("-", " ")
-    known = estimate.is_known_gpu(name)
-    return ClusterFacts(gpus, name if known else None, assumed=not known)
+    return name if estimate.is_known_gpu(name) else None
 
 
 def submit(plan: RunPlan, overrides: Sequence[str]) -> int:

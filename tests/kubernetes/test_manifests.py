@@ -17,6 +17,7 @@ import yaml
 from k5dist.cluster import manifests
 from k5dist.compose import compose, expand_files, flavours, normalise_arguments, to_run_config
 from k5dist.config import ConfigError
+from k5dist.launch import plan_run
 from tests.kubernetes.plans import COMMON, DEV, plan_of, rayjob_of
 from tests.kubernetes.schemas import CEL_FIELDS, RAY_KINDS, fields_with_rules, needs_crds, problems, structural
 
@@ -272,6 +273,18 @@ def test_the_plan_goes_by_the_nodes_that_are_asked_for() -> None:
     with pytest.raises(ConfigError, match="needs about"):
         plan_of(*asked, selector)
     assert plan_of(*asked).world.size == 2  # which GPUs is not known, so the plan only says its doubt
+
+
+def test_the_driver_plans_for_the_gpus_that_the_launcher_did() -> None:
+    """The head pod shows no GPU, and what is kept of the blocks hangs on the kind."""
+    asked = ["+flavour=t2v-lite-sft-5s", *COMMON, *S3, "data.source=s3://b/c", "cluster.gpus_per_node=2"]
+    asked += ["kubernetes.node_selector={nvidia.com/gpu.product:NVIDIA-L40S}", "data.resolution=[512,512]"]
+    plan = plan_of(*asked)
+    inside = plan_run(to_run_config(compose(manifests.arguments(plan, asked))))
+    assert inside.world == plan.world
+    assert plan.world.gpu_name == "NVIDIA L40S"
+    assert inside.recompute == plan.recompute
+    assert inside.run_fingerprint == plan.run_fingerprint
 
 
 def test_a_dry_run_prints_the_manifest_alone(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -72,7 +73,8 @@ def test_the_entrypoint_trains_and_ending_pods_save_a_checkpoint(short_folder: P
     assert done.stdout.splitlines()[-1] == "0", f"no training worker is left:\n{everything}"
     saved = list((root / "runs" / "a-run" / "checkpoints").glob("step-*/COMMITTED"))
     assert len(saved) == 1, everything
-    assert '"it\'s $HOME `a`"' in (root / "runs" / "a-run" / "plan.json").read_text()
+    plan = json.loads((root / "runs" / "a-run" / "plan.json").read_text())
+    assert plan["config"]["validation"]["prompts"] == ["it's $HOME `a`"]
 
 
 def flags(parameters: dict[str, str]) -> str:
