@@ -78,6 +78,8 @@ def test_what_has_to_speak_may(source: str, target: str, port: int) -> None:
     [
         ("ray", "postgres", 5432),
         ("submitter", "mlflow", 5000),
+        ("ray", "submitter", 8080),  # which no policy of its own guards
+        ("elsewhere", "submitter", 8080),
         ("submitter", "ray", 6379),
         ("operator", "ray", 6379),
         ("operator", "postgres", 5432),
