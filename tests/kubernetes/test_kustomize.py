@@ -80,7 +80,11 @@ def test_rays_manifests_are_what_the_launcher_renders(file: str) -> None:
     )
     if UPDATE:
         (K8S / file).write_text(said + manifests.to_yaml(rendered), encoding="utf-8")
-    assert yaml.safe_load((K8S / file).read_text(encoding="utf-8")) == rendered
+    stored = yaml.safe_load((K8S / file).read_text(encoding="utf-8"))
+    for manifest in (stored, rendered):  # that of the Ray which is installed here
+        spec = manifest["spec"]
+        assert spec.get("rayClusterSpec", spec).pop("rayVersion")
+    assert stored == rendered
 
 
 @needs_kubectl
