@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 from k5dist.config import ConfigError, RunConfig, nearest
 
 DEFAULT_FLAVOUR = "t2v-lite-sft-5s"
+# Groups whose keys are the user's own.
+_FREE_NAMES = re.compile(r"^\+{0,2}(?=(data\.datasets|kubernetes\.(node_selector|environment))[.=])")
 
 
 def config_folder() -> Path:
@@ -27,13 +30,35 @@ def flavours() -> list[str]:
     return sorted(path.stem for path in (config_folder() / "flavour").glob("*.yaml"))
 
 
+def expand_files(arguments: list[str]) -> list[str]:
+    """`@file.json` stands for the arguments that the file lists: those that no shell shall read on their way.
+
+    Raises:
+        ConfigError: where such a file is no JSON list of texts.
+    """
+    expanded: list[str] = []
+    for argument in arguments:
+        if not argument.startswith("@"):
+            expanded.append(argument)
+            continue
+        rule = "@ and a file that holds a JSON list of overrides"
+        try:
+            listed = json.loads(Path(argument[1:]).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError("command line", argument, f"{rule} ({error})", "name such a file") from error
+        if not isinstance(listed, list) or not all(isinstance(item, str) for item in listed):
+            raise ConfigError("command line", argument, rule, 'write ["+flavour=t2v-tiny", "train.steps=10"]')
+        expanded += listed
+    return expanded
+
+
 def normalise_arguments(arguments: list[str]) -> list[str]:
     """Hydra wants the flavour appended (`+flavour=`) and exactly once; people write `flavour=`, or none.
 
-    Datasets have names that conf/ does not know: they may be set with a + and without.
+    Datasets, labels and variables have names that conf/ does not know: they may be set with a + and without.
     """
     arguments = [re.sub(r"^flavour=", "+flavour=", argument) for argument in arguments]
-    arguments = [re.sub(r"^\+{0,2}(?=data\.datasets[.=])", "++", argument) for argument in arguments]
+    arguments = [_FREE_NAMES.sub("++", argument) for argument in arguments]
     if not any(argument.startswith("+flavour=") for argument in arguments):
         arguments.insert(0, f"+flavour={DEFAULT_FLAVOUR}")
     return arguments

@@ -13,12 +13,14 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from k5dist import fit, storage
-from k5dist.compose import compose, config_folder, normalise_arguments, to_run_config
+from k5dist.cluster import submission
+from k5dist.compose import compose, config_folder, expand_files, normalise_arguments, to_run_config
 from k5dist.config import ConfigError, RunConfig
-from k5dist.console import say, show_table
+from k5dist.console import console, say, show_table
 from k5dist.estimate import GIB
 from k5dist.plan import ClusterFacts, Estimates, RunPlan, estimates, make_plan
 from k5dist.retry import StorageUnavailable
@@ -33,8 +35,10 @@ def plan_run(config: RunConfig) -> RunPlan:
     from k5dist.model import pretrained
     from k5dist.tracking.run import default_tracking_uri
 
-    only_planning = config.stages == ("plan",)
-    facts = local_facts(config.cluster)
+    only_planning = config.stages == ("plan",) or submission.is_elsewhere(config)
+    facts = submission.facts_elsewhere(config) if submission.is_elsewhere(config) else local_facts(config.cluster)
+    if facts.gpu_name is None:
+        facts = dataclasses.replace(facts, gpu_name=submission.selected_gpu(config))
     if facts.gpus_per_node == 0 and config.cluster.gpus_per_node is None and not config.flavour.generated:
         if config.needs_gpu:
             rule = f"{config.flavour.name} trains on GPUs, and this machine shows none"
@@ -55,6 +59,8 @@ def plan_run(config: RunConfig) -> RunPlan:
 def _identity(config: RunConfig, only_planning: bool) -> str:
     from k5dist.model import pretrained
 
+    if submission.is_elsewhere(config) and not pretrained.is_hub_id(config.pretrained) and not config.flavour.generated:
+        return f"elsewhere:{config.pretrained}"
     if only_planning and not pretrained.is_hub_id(config.pretrained) and not config.flavour.generated:
         pretrained.check(config)
     return pretrained.identity(config)
@@ -63,10 +69,6 @@ def _identity(config: RunConfig, only_planning: bool) -> str:
 def refuse_unfinished(plan: RunPlan) -> None:
     """What this release plans but does not run is said before anything starts, never done half."""
     config = plan.config
-    if config.cluster.kind == "kubernetes":
-        rule = "this release plans for it but does not submit there yet"
-        fix = "start Ray in the allocation and use cluster=ray cluster.address=<host:port>"
-        raise ConfigError("cluster", config.cluster.kind, rule, fix)
     tokens = max(bucket.tokens for bucket in plan.buckets)
     if config.model.is_sparse and plan.world.device == "cpu" and tokens > REFERENCE_NABLA_TOKENS:
         rule = f"on a CPU NABLA expands the block map to a mask, which {tokens:,} tokens would fill the memory with"
@@ -165,18 +167,21 @@ def launch(composed: DictConfig) -> int:
     """One job, from a composed configuration to an exit status."""
     try:
         config = to_run_config(composed)
+        console.stderr = config.cluster.dry_run  # standard output is what would be submitted, and that alone
         plan = plan_run(config)
         show_plan(plan)
         _warn(config)
-        storage.check_writable("storage.root", storage.normalise(config.storage.root))
-        _check_folder(plan)
+        if not submission.is_elsewhere(config):
+            storage.check_writable("storage.root", storage.normalise(config.storage.root))
+            _check_folder(plan)
         if config.stages == ("plan",):
             if not storage.exists(plan.plan_uri):  # a run that is under way keeps the plan its workers read
                 storage.publish_bytes(plan.plan_uri, plan.to_json().encode())
             say(f"plan: {plan.plan_uri}")
             return 0
-        if config.cluster.kind == "slurm":
-            return submit(plan)
+        if submission.is_submitted(config.cluster):
+            refuse_unfinished(plan)
+            return submission.submit(plan, list(HydraConfig.get().overrides.task))
         return run_plan(plan, OmegaConf.to_yaml(composed))
     except ConfigError as error:
         sys.stderr.write(error.block() + "\n")
@@ -262,22 +267,6 @@ def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def submit(plan: RunPlan) -> int:
-    """Hand the same command to Slurm; it runs `launch` again inside its allocation."""
-    from hydra.core.hydra_config import HydraConfig
-
-    from k5dist.cluster import slurm
-
-    jobs = slurm.jobs(plan, list(HydraConfig.get().overrides.task))
-    if plan.config.cluster.dry_run:
-        for job in jobs:
-            sys.stdout.write(job.script)
-        return 0
-    for line in slurm.submit(jobs):
-        say(line)
-    return 0
-
-
 @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")
 def _job(composed: DictConfig) -> None:
     # Hydra turns exceptions into its own report and status; ours have been handled by then.
@@ -291,7 +280,11 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     for number in (signal.SIGTERM, signal.SIGUSR1):  # what schedulers say where a person types Ctrl-C
         signal.signal(number, _interrupt)
-    sys.argv[1:] = normalise_arguments(sys.argv[1:])
+    try:
+        sys.argv[1:] = normalise_arguments(expand_files(sys.argv[1:]))
+    except ConfigError as error:
+        sys.stderr.write(error.block() + "\n")
+        sys.exit(EXIT_CONFIG)
     overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
     if not any(argument in ("-m", "--multirun") for argument in sys.argv[1:]):
         try:

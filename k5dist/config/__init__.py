@@ -7,6 +7,7 @@ the keys stand in one place, `conf/`; this package holds none, so a key that is 
 from k5dist.config.cluster import ClusterConfig, ParallelConfig, StorageConfig, TrackingConfig
 from k5dist.config.crepa import CrepaConfig
 from k5dist.config.export import ExportConfig
+from k5dist.config.kubernetes import KubernetesConfig
 from k5dist.config.model import FlavourConfig, LoraConfig, ModelConfig
 from k5dist.config.optimizer import OPTIMIZERS, EmaConfig, OptimizerConfig
 from k5dist.config.precache import PrecacheConfig
@@ -35,6 +36,7 @@ __all__ = [
     "EmaConfig",
     "ExportConfig",
     "FlavourConfig",
+    "KubernetesConfig",
     "LoraConfig",
     "ModelConfig",
     "OptimizerConfig",

@@ -9,6 +9,7 @@ from typing import Any
 from k5dist.config.cluster import ClusterConfig, ParallelConfig, StorageConfig, TrackingConfig
 from k5dist.config.crepa import CrepaConfig
 from k5dist.config.export import ExportConfig
+from k5dist.config.kubernetes import KubernetesConfig
 from k5dist.config.model import FlavourConfig, LoraConfig, ModelConfig
 from k5dist.config.names import adapter_names, weight_names
 from k5dist.config.optimizer import EmaConfig, OptimizerConfig
@@ -48,6 +49,7 @@ class RunConfig:
     parallel: ParallelConfig
     cluster: ClusterConfig
     slurm: SlurmConfig
+    kubernetes: KubernetesConfig
     storage: StorageConfig
     tracking: TrackingConfig
     validation: ValidationConfig

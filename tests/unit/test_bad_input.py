@@ -97,10 +97,6 @@ def test_planning_keeps_the_plan_of_a_run_under_way(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "runs")
 
 
-def test_what_is_planned_but_does_not_run_yet(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert "this release" in refused(capsys, tmp_path / "root", "cluster=kubernetes")
-
-
 def test_long_sparse_clips_on_a_cpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     large = ["data.resolution=[1024,1024]", "data.num_frames=61"]
     error = refused(capsys, tmp_path / "root", *large, flavour="+flavour=t2v-tiny-nabla")

@@ -1,0 +1,74 @@
+"""Where a run is handed to a scheduler instead of running here: which kinds of cluster, and how."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from k5dist import estimate
+from k5dist.config import ClusterConfig, ConfigError, RunConfig
+from k5dist.console import say
+from k5dist.plan import ClusterFacts, RunPlan
+
+_GPU_LABEL = "nvidia.com/gpu.product"
+
+
+def is_submitted(cluster: ClusterConfig) -> bool:
+    """Whether the command only submits the run, which then runs elsewhere by the same command."""
+    return cluster.kind in ("slurm", "kubernetes")
+
+
+def is_elsewhere(config: RunConfig) -> bool:
+    """Whether the run's machines see other folders and have other credentials: storage is checked there, not here."""
+    return config.cluster.kind == "kubernetes" and config.stages != ("plan",)
+
+
+def facts_elsewhere(config: RunConfig) -> ClusterFacts:
+    """The GPUs of machines that are not this one: as many as configured, of the kind that the node selector names."""
+    gpus = config.cluster.gpus_per_node
+    if gpus is None:
+        if not config.flavour.generated:
+            rule = "the pods' GPUs are not this machine's: say how many each has"
+            raise ConfigError("cluster.gpus_per_node", None, rule, "cluster.gpus_per_node=8")
+        gpus = 0
+    name = selected_gpu(config)
+    return ClusterFacts(gpus, name, assumed=name is None)
+
+
+def selected_gpu(config: RunConfig) -> str | None:
+    """The kind of GPU that the node selector names: the head pod, where the driver plans, has none to look at."""
+    name = config.kubernetes.node_selector.get(_GPU_LABEL, "").replace("-", " ")
+    return name if estimate.is_known_gpu(name) else None
+
+
+def submit(plan: RunPlan, overrides: Sequence[str]) -> int:
+    """Hand the same command to the scheduler; returns the exit status. With `cluster.dry_run` only print what it gets.
+
+    Raises:
+        ConfigError: where the scheduler refuses it; nothing of it is left there.
+    """
+    if plan.config.cluster.kind == "slurm":
+        return _to_slurm(plan, overrides)
+    from k5dist.cluster import manifests
+
+    rayjob = manifests.rayjob(plan, overrides)
+    if plan.config.cluster.dry_run:
+        sys.stdout.write(manifests.to_yaml(rayjob))
+        return 0
+    from k5dist.cluster.kubernetes_api import Api
+    from k5dist.cluster.rayjob import run
+
+    return run(Api(plan.config.kubernetes), rayjob, plan.config.kubernetes)
+
+
+def _to_slurm(plan: RunPlan, overrides: Sequence[str]) -> int:
+    from k5dist.cluster import slurm
+
+    jobs = slurm.jobs(plan, overrides)
+    if plan.config.cluster.dry_run:
+        for job in jobs:
+            sys.stdout.write(job.script)
+        return 0
+    for line in slurm.submit(jobs):
+        say(line)
+    return 0
