@@ -145,7 +145,7 @@ def build_trainer(plan: RunPlan, device: torch.device) -> tuple[Trainer, Dataset
     )
     parameter_groups(transformer, config.optimizer)  # refuses what finds no weight, before any is allocated
     parallelise(transformer, mesh, config.train, plan.recompute)
-    materialise(transformer, plan.pretrained, device=device, seed=config.train.seed)
+    materialise(transformer, plan.pretrained, device=device, seed=config.train.seed, lora=lora)
     transformer.train()
     shift, reference = config.train.timestep_shift, None
     if shift == "resolution":

@@ -1,0 +1,99 @@
+"""Adapters of every kind over shards and shared clips: two workers train as one, the export is the trained model."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from k5dist import export
+from k5dist.config import ExportConfig
+from k5dist.plan import RunPlan
+from tests.distributed.gangs import Result, assert_close, make_run, train
+from tests.distributed.test_training import continued
+
+pytestmark = pytest.mark.timeout(300)
+
+FP32 = 3e-5
+SHORT = ("train.steps=4", "checkpoint.every=2", "checkpoint.keep=2", "lora.rank=4")
+DORA = (*SHORT, "lora.dropout=0.2", "lora.use_dora=true", "lora.use_rslora=true", "lora.targets=attention+ffn")
+INT8 = (*SHORT, "lora.base_dtype=int8", "lora.dropout=0.2")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("lora")
+
+
+@pytest.fixture(scope="module")
+def dora(root: Path, tiny_t2v: Path) -> list[tuple[RunPlan, Result]]:
+    """On one worker, on two with shards, on two that share clips (75 tokens: a run is one short)."""
+    plans = [
+        make_run(root, tiny_t2v, f"dora-{i}", *DORA, "data.resolution=[48,80]", *more, workers=workers)
+        for i, (workers, more) in enumerate([(1, ()), (2, ()), (2, ("parallel.context=2",))])
+    ]
+    return list(zip(plans, [*train(*plans[:2]), *train(plans[2])], strict=True))
+
+
+def test_dora_with_dropout_over_shards_and_shared_clips(dora: list[tuple[RunPlan, Result]]) -> None:
+    (_, one), *others = dora
+    assert sorted(one.losses) == [1, 2, 3, 4]
+    for _, result in others:
+        assert_close(result.losses, one.losses, FP32)
+        assert_close(result.norms, one.norms, FP32)
+
+
+def test_dropout_goes_on_to_the_bit_after_a_stop(
+    root: Path, tiny_t2v: Path, dora: list[tuple[RunPlan, Result]]
+) -> None:
+    plan, undisturbed = dora[0]
+    (resumed,) = train(continued(plan, make_run(root, tiny_t2v, "on", *DORA, "data.resolution=[48,80]"), [2]))
+    assert resumed.losses == {step: undisturbed.losses[step] for step in (3, 4)}
+    assert resumed.norms == {step: undisturbed.norms[step] for step in (3, 4)}
+
+
+def test_int8_base_over_shards(root: Path, tiny_t2v: Path) -> None:
+    plans = [make_run(root, tiny_t2v, f"int8-{n}", *INT8, workers=n) for n in (1, 2)]
+    bf16 = make_run(root, tiny_t2v, "float8", *SHORT, "lora.base_dtype=float8", "train.precision=bf16", workers=2)
+    one, two, half = train(*plans, bf16)
+    assert_close(two.losses, one.losses, FP32)
+    assert_close(two.norms, one.norms, FP32)
+    assert sorted(half.losses) == [1, 2, 3, 4]
+    merging = with_merge(plans[1])
+    report = export.export_run(merging)
+    assert report.error <= report.tolerance < report.difference_to_base
+    assert report.merged_error is not None and report.merged_error <= report.tolerance
+    report = export.export_run(bf16)
+    assert report.error <= report.tolerance < report.difference_to_base
+
+
+def with_merge(plan: RunPlan) -> RunPlan:
+    return dataclasses.replace(
+        plan, config=dataclasses.replace(plan.config, export=ExportConfig(checkpoint="last", merge=True))
+    )
+
+
+def test_dora_is_exported_and_taken_up_again(root: Path, tiny_t2v: Path, dora: list[tuple[RunPlan, Result]]) -> None:
+    plan, trained = dora[1]
+    report = export.export_run(plan)
+    assert report.error <= report.tolerance < report.difference_to_base
+    assert report.merged_error is None
+    merged = export.export_run(with_merge(plan))
+    assert merged.merged_error is not None and merged.merged_error <= merged.tolerance
+    assert set(merged.files) >= {export.LORA_FILE, "transformer/config.json"}
+    base = safetensors.torch.load_file(tiny_t2v / "transformer" / "diffusion_pytorch_model.safetensors")
+    whole = safetensors.torch.load_file(Path(merged.uri) / "transformer" / "diffusion_pytorch_model.safetensors")
+    moved = {name for name in base if not torch.equal(base[name], whole[name])}
+    assert base.keys() == whole.keys()
+    assert moved == {f"{name.partition('.lora_')[0]}.weight" for name in exported_names(merged.uri)}
+    again = make_run(
+        root, tiny_t2v, "again", *DORA, f"lora.init_from={report.uri}", "data.resolution=[48,80]", workers=2
+    )
+    (result,) = train(again)
+    assert abs(result.losses[1] - trained.losses[1]) > 1e-4, "it starts where the other ended"
+
+
+def exported_names(uri: str) -> set[str]:
+    names = safetensors.torch.load_file(Path(uri) / export.LORA_FILE)
+    return {name.removeprefix("transformer.") for name in names}
