@@ -6,6 +6,7 @@ pipeline itself with the export and compares its latents with those the trained 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -153,7 +154,9 @@ def _write_lora(plan: RunPlan, checkpoint: Path, out: Path) -> None:
     from peft import get_peft_model_state_dict
 
     dtype = torch.bfloat16
-    transformer: Any = build_transformer(plan.pretrained, plan.config.model, lora=plan.config.lora, dtype=dtype)
+    # Dropout is training's: diffusers leaves the layers that it adds in training mode, and would drop in sampling.
+    lora = dataclasses.replace(plan.config.lora, dropout=0.0)
+    transformer: Any = build_transformer(plan.pretrained, plan.config.model, lora=lora, dtype=dtype)
     tensors = _weights(plan, checkpoint, _model_tensors(checkpoint))
     layers: Any = get_peft_model_state_dict(transformer, state_dict=tensors)
     assert len(layers) == len(tensors), "every adapter tensor has a place in PEFT's format"
