@@ -114,3 +114,13 @@ def check_parity(folder: Path, pipeline: Any, calls: list[Any], first_frame: boo
             # A shift of all keys changes no attention, so the gradient of their bias is the small rest of a sum that
             # RoPE's rounding to bf16 runs through.
             assert relative(parameter.grad, reference) <= (1e-3 if name.endswith("to_key.bias") else 1e-4), name
+
+
+def set_adapters(transformer: nn.Module, size: float = 0.2) -> None:
+    with torch.no_grad():
+        adapters = [(name, each) for name, each in transformer.named_parameters() if ".lora_" in name]
+        for at, (name, parameter) in enumerate(adapters):
+            if ".lora_B." in name:
+                parameter.copy_(size * random(*parameter.shape, seed=at))
+            elif ".lora_magnitude_vector." in name:
+                parameter.mul_(1 + 0.3 * random(*parameter.shape, seed=at).tanh())

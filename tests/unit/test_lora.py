@@ -10,16 +10,20 @@ import safetensors.torch
 import torch
 from diffusers import Kandinsky5T2VPipeline
 from peft import get_peft_model_state_dict
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
 from k5dist.compose import compose, to_run_config
-from k5dist.config import ConfigError, LoraConfig
+from k5dist.config import ConfigError, LoraConfig, Route
 from k5dist.model import lora_files
 from k5dist.model.dit import VisualBlock
 from k5dist.model.forward import predict_velocity
 from k5dist.model.lora import DropoutKey, KeyedDropout, dropout_key, peft_config, row_norms
-from k5dist.model.quantised import QuantisedLinear, dequantise, quantise, quantised_layers
-from tests.unit.models import CPU, lora_config, model_config, our_model, random, random_text, relative
+from k5dist.model.quantised import QuantisedLinear, dequantise, quantise, quantised_layers, round_blocks
+from k5dist.model.transformer import adapters_off
+from k5dist.model.tread import Routing
+from tests.unit.models import CPU, lora_config, model_config, our_model, random, random_text, relative, set_adapters
 
 FP32, BF16 = torch.float32, torch.bfloat16
 ATTENTION_TO_SELF = "visual_transformer_blocks.0.self_attention"
@@ -32,16 +36,6 @@ def adapted(transformer: nn.Module) -> set[str]:
 def velocity(transformer: nn.Module, folder: Path) -> Tensor:
     arguments: Any = (random(1, 2, 8, 12, 16), False, torch.tensor([500.0]), random_text(4))
     return predict_velocity(transformer, model_config(folder), *arguments)
-
-
-def set_adapters(transformer: nn.Module, size: float = 0.2) -> None:
-    with torch.no_grad():
-        adapters = [(name, each) for name, each in transformer.named_parameters() if ".lora_" in name]
-        for at, (name, parameter) in enumerate(adapters):
-            if ".lora_B." in name:
-                parameter.copy_(size * random(*parameter.shape, seed=at))
-            elif ".lora_magnitude_vector." in name:
-                parameter.mul_(1 + 0.3 * random(*parameter.shape, seed=at).tanh())
 
 
 # Targets and scale
@@ -121,11 +115,21 @@ def test_workers_that_share_a_clip_drop_what_one_would() -> None:
     assert not KeyedDropout(0.5, f"{path}.to_key", key).shares_tokens, "the text is whole everywhere"
 
 
-@pytest.mark.parametrize("recompute", ["full", "attention", "linear"])
-def test_recomputed_blocks_drop_the_same(tiny_t2v: Path, recompute: str) -> None:
+@pytest.mark.parametrize(
+    ("recompute", "options"),
+    [
+        ("full", {}),
+        ("attention", {}),
+        ("linear", {}),
+        ("attention", {"base_dtype": "int8"}),
+        ("linear", {"base_dtype": "float8", "use_dora": True}),
+    ],
+    ids=["full", "attention", "linear", "attention-int8", "linear-float8-dora"],
+)
+def test_recomputed_blocks_do_and_drop_the_same(tiny_t2v: Path, recompute: str, options: dict[str, Any]) -> None:
     gradients = []
     for policy in ("none", recompute):
-        transformer = our_model(tiny_t2v, lora_config(4, 4.0, "attention+ffn", dropout=0.5)).train()
+        transformer = our_model(tiny_t2v, lora_config(4, 4.0, "attention+ffn", dropout=0.5, **options)).train()
         set_adapters(transformer)
         for module in transformer.modules():
             if isinstance(module, VisualBlock):
@@ -162,6 +166,58 @@ def test_dora_is_the_published_formula(tiny_t2v: Path) -> None:
     ours = torch.autograd.grad((out * goal).sum(), (first, second, length))
     theirs = torch.autograd.grad((expected * goal).sum(), (first, second, length))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_dora_is_pefts(tiny_t2v: Path) -> None:
+    """PEFT's own forward, outputs and gradients, over the whole model. (With dropout PEFT's differs: docs/adr/0020.)"""
+    lora = lora_config(4, 8.0, "attention+ffn", use_dora=True)
+    results = []
+    for variant in (None, DoraLinearVariant()):
+        transformer = our_model(tiny_t2v, lora).train()
+        set_adapters(transformer)
+        for module in transformer.modules():
+            if variant is not None and isinstance(module, LoraLayer):
+                module.lora_variant["default"] = variant
+        out = velocity(transformer, tiny_t2v)
+        trained = [p for p in transformer.parameters() if p.requires_grad]
+        results.append([out.detach(), *torch.autograd.grad(out.square().mean(), trained)])
+    for ours, theirs in zip(*results, strict=True):
+        assert relative(ours, theirs) < 1e-4
+
+
+def test_dora_and_rounded_bases_are_switched_off_with_the_adapters(tiny_t2v: Path) -> None:
+    lora = lora_config(4, 8.0, "attention", use_dora=True, base_dtype="int8")
+    transformer, base = our_model(tiny_t2v, lora), our_model(tiny_t2v)
+    round_blocks(base, "int8")
+    set_adapters(transformer)
+    with torch.no_grad():
+        expected = velocity(base, tiny_t2v)
+        assert relative(velocity(transformer, tiny_t2v), expected) > 1e-2
+        with adapters_off(transformer):
+            assert relative(velocity(transformer, tiny_t2v), expected) < 1e-5
+
+
+# Routes (TREAD)
+
+
+def test_a_route_drops_alike_on_every_worker_and_when_recomputed(tiny_t2v: Path) -> None:
+    model, seen = model_config(tiny_t2v), []
+    transformer = our_model(tiny_t2v, lora_config(4, 4.0, "attention", dropout=0.5)).train()
+    set_adapters(transformer)
+    layer: Any = transformer.get_submodule("visual_transformer_blocks.1.self_attention.to_query.lora_dropout.default")
+    layer.register_forward_hook(lambda module, inputs, out: seen.append(out[0] != 0))
+    key = dropout_key(transformer)
+    assert key is not None
+    for number, route in [(1, None), (1, Route(1, 1, 0.5)), (2, Route(1, 1, 0.5))]:
+        key.set(number, CPU)
+        routing = None if route is None else Routing((route,), 7, False)
+        predict_velocity(
+            transformer, model, random(1, 2, 8, 12, 16), False, torch.tensor([500.0]), random_text(4), routing
+        )
+    whole, routed, other = seen
+    assert 2 * len(routed) == len(whole), "half of the tokens"
+    assert torch.equal(routed, whole[: len(routed)]), "by their place among the kept, so that workers can share them"
+    assert not torch.equal(routed, other)
 
 
 # Starting from a LoRA

@@ -151,7 +151,7 @@ def scarce(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_step_counts_what_lies_there(tmp_path: Path, tiny_t2v: Path, group: None, scarce: None) -> None:
-    plan = make_run(tmp_path, tiny_t2v, "scarce", "ema.enabled=true")
+    plan = make_run(tmp_path, tiny_t2v, "scarce", "ema.enabled=true", "train.batch_size=1")
     with pytest.raises(OutOfMemory) as caught, contextlib.ExitStack() as stack:
         worker.work(plan, CPU, stack)
     used, trained = caught.value.usage, 4 * memory_trained(plan.config)
@@ -178,7 +178,7 @@ def adapters(config: RunConfig) -> list[str]:
 def test_the_worker_tells_the_driver(
     tmp_path: Path, tiny_t2v: Path, scarce: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan = make_run(tmp_path, tiny_t2v, "told")
+    plan = make_run(tmp_path, tiny_t2v, "told", "train.batch_size=1")
 
     def leave(status: int) -> None:
         raise SystemExit(status)
