@@ -83,10 +83,14 @@ class KeyedDropout(nn.Module):
     workers that share a clip's tokens drop what one worker with all of them would.
     """
 
+    layer: Tensor
+
     def __init__(self, probability: float, path: str, key: DropoutKey) -> None:
         super().__init__()
         self.probability, self.key = probability, key
-        self.layer = seed_of(path) & 0x7FFF_FFFF
+        # A tensor, not a number: the compiler makes one graph for all blocks, and would make one for each number.
+        layer = torch.tensor(seed_of(path) & 0x7FFF_FFFF, dtype=torch.int32, device="cpu")
+        self.register_buffer("layer", layer, persistent=False)
         # Text is whole on every worker of a context-parallel group, visual tokens are not.
         of_text = path.startswith("text_") or path.endswith(("cross_attention.to_key", "cross_attention.to_value"))
         self.shares_tokens = not of_text

@@ -6,19 +6,24 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 
 from k5dist import export
 from k5dist.config import ExportConfig
 from k5dist.plan import RunPlan
+from k5dist.precache.images import encode_images
 from tests.distributed.gangs import Result, assert_close, make_run, train
 from tests.distributed.test_training import continued
+from tests.unit.models import random_frames
 
 pytestmark = pytest.mark.timeout(300)
 
-FP32 = 3e-5
-SHORT = ("train.steps=4", "checkpoint.every=2", "checkpoint.keep=2", "lora.rank=4")
+FP32, BF16 = 3e-5, 5e-3
+SHORT = ("train.steps=4", "train.batch_size=2", "checkpoint.every=2", "checkpoint.keep=2", "lora.rank=4")
+SHORT += ("data.resolution=[48,80]",)  # 75 tokens: of two workers' runs one is short
 DORA = (*SHORT, "lora.dropout=0.2", "lora.use_dora=true", "lora.use_rslora=true", "lora.targets=attention+ffn")
-INT8 = (*SHORT, "lora.base_dtype=int8", "lora.dropout=0.2")
+INT8 = (*SHORT, "lora.base_dtype=int8", "lora.dropout=0.2", "lora.targets=attention")
+FLOAT8 = (*SHORT, "lora.base_dtype=float8", "lora.use_dora=true", "train.precision=bf16", "lora.targets=attention")
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +33,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def dora(root: Path, tiny_t2v: Path) -> list[tuple[RunPlan, Result]]:
-    """On one worker, on two with shards, on two that share clips (75 tokens: a run is one short)."""
+    """On one worker, on two with shards, on two that share clips."""
     plans = [
-        make_run(root, tiny_t2v, f"dora-{i}", *DORA, "data.resolution=[48,80]", *more, workers=workers)
+        make_run(root, tiny_t2v, f"dora-{i}", *DORA, *more, workers=workers)
         for i, (workers, more) in enumerate([(1, ()), (2, ()), (2, ("parallel.context=2",))])
     ]
     return list(zip(plans, [*train(*plans[:2]), *train(plans[2])], strict=True))
@@ -48,30 +53,27 @@ def test_dropout_goes_on_to_the_bit_after_a_stop(
     root: Path, tiny_t2v: Path, dora: list[tuple[RunPlan, Result]]
 ) -> None:
     plan, undisturbed = dora[0]
-    (resumed,) = train(continued(plan, make_run(root, tiny_t2v, "on", *DORA, "data.resolution=[48,80]"), [2]))
+    (resumed,) = train(continued(plan, make_run(root, tiny_t2v, "on", *DORA), [2]))
     assert resumed.losses == {step: undisturbed.losses[step] for step in (3, 4)}
     assert resumed.norms == {step: undisturbed.norms[step] for step in (3, 4)}
 
 
-def test_int8_base_over_shards(root: Path, tiny_t2v: Path) -> None:
-    plans = [make_run(root, tiny_t2v, f"int8-{n}", *INT8, workers=n) for n in (1, 2)]
-    bf16 = make_run(root, tiny_t2v, "float8", *SHORT, "lora.base_dtype=float8", "train.precision=bf16", workers=2)
-    one, two, half = train(*plans, bf16)
+def test_rounded_bases_over_shards_and_their_exports(root: Path, tiny_t2v: Path) -> None:
+    int8 = [make_run(root, tiny_t2v, f"int8-{n}", *INT8, workers=n) for n in (1, 2)]
+    float8 = [make_run(root, tiny_t2v, f"float8-{n}", *FLOAT8, workers=n) for n in (1, 2)]
+    (one, two), (one_half, two_halves) = train(*int8), train(*float8)
     assert_close(two.losses, one.losses, FP32)
     assert_close(two.norms, one.norms, FP32)
-    assert sorted(half.losses) == [1, 2, 3, 4]
-    merging = with_merge(plans[1])
-    report = export.export_run(merging)
-    assert report.error <= report.tolerance < report.difference_to_base
-    assert report.merged_error is not None and report.merged_error <= report.tolerance
-    report = export.export_run(bf16)
-    assert report.error <= report.tolerance < report.difference_to_base
+    assert_close(two_halves.losses, one_half.losses, BF16)
+    for plan in (int8[1], float8[1]):
+        report = export.export_run(with_merge(plan))
+        assert report.error <= report.tolerance < report.difference_to_base
+        assert report.merged_error is not None and report.merged_error <= report.tolerance
 
 
 def with_merge(plan: RunPlan) -> RunPlan:
-    return dataclasses.replace(
-        plan, config=dataclasses.replace(plan.config, export=ExportConfig(checkpoint="last", merge=True))
-    )
+    merging = ExportConfig(checkpoint="last", merge=True)
+    return dataclasses.replace(plan, config=dataclasses.replace(plan.config, export=merging))
 
 
 def test_dora_is_exported_and_taken_up_again(root: Path, tiny_t2v: Path, dora: list[tuple[RunPlan, Result]]) -> None:
@@ -87,9 +89,7 @@ def test_dora_is_exported_and_taken_up_again(root: Path, tiny_t2v: Path, dora: l
     moved = {name for name in base if not torch.equal(base[name], whole[name])}
     assert base.keys() == whole.keys()
     assert moved == {f"{name.partition('.lora_')[0]}.weight" for name in exported_names(merged.uri)}
-    again = make_run(
-        root, tiny_t2v, "again", *DORA, f"lora.init_from={report.uri}", "data.resolution=[48,80]", workers=2
-    )
+    again = make_run(root, tiny_t2v, "again", *DORA, f"lora.init_from={report.uri}", "train.steps=1", workers=2)
     (result,) = train(again)
     assert abs(result.losses[1] - trained.losses[1]) > 1e-4, "it starts where the other ended"
 
@@ -97,3 +97,24 @@ def test_dora_is_exported_and_taken_up_again(root: Path, tiny_t2v: Path, dora: l
 def exported_names(uri: str) -> set[str]:
     names = safetensors.torch.load_file(Path(uri) / export.LORA_FILE)
     return {name.removeprefix("transformer.") for name in names}
+
+
+def test_first_frames_are_dropped_and_given_on_two_workers_as_on_one(root: Path, tiny_i2v: Path) -> None:
+    """One run for both tasks; its videos begin with pictures."""
+    Image.fromarray(random_frames(1)[0]).save(root / "a.png")
+    settings = ["train.first_frame_dropout=0.5", "lora.dropout=0.1", "train.steps=2", "stages=[train,validate]"]
+    settings += [f"validation.images=[{root}/a.png]", "validation.sampling_steps=2", "validation.every=0"]
+    plans = [make_run(root, tiny_i2v, f"frames-{n}", *settings, workers=n) for n in (1, 2)]
+    for plan in plans:
+        assert encode_images(plan, "cpu") == 1
+    one, two = train(*plans)
+    assert_close(two.losses, one.losses, FP32)
+    assert_close(two.norms, one.norms, FP32)
+    latents = [
+        safetensors.torch.load_file(Path(plan.run_uri) / "validation" / "step-00000002" / "00.safetensors")["latents"]
+        for plan in plans
+    ]
+    torch.testing.assert_close(latents[0], latents[1], rtol=0, atol=1e-3)
+    other = make_run(root, tiny_i2v, "frames-kept", *settings, "train.first_frame_dropout=0")
+    encode_images(other, "cpu")
+    assert train(other)[0].losses[1] != one.losses[1]
