@@ -199,5 +199,10 @@ def is_known_gpu(name: str | None) -> bool:
     return _known_part(name) is not None
 
 
+def lacks_float8(name: str | None) -> bool:
+    """Whether a GPU is known to be older than Ada and Hopper."""
+    return any(part.lower() in (name or "").lower() for part in ("A100", "RTX 3090"))
+
+
 def _known_part(name: str | None) -> str | None:
     return next((part for part in GPU_FACTS if name and part.lower() in name.lower()), None)

@@ -109,6 +109,9 @@ def make_plan(
         ConfigError: where degrees, world size and batch do not fit together.
     """
     world = make_world(config, facts)
+    if config.lora.base_dtype == "float8" and estimate.lacks_float8(world.gpu_name):
+        rule = f"{world.gpu_name} has no float8 numbers (Ada, Hopper and later have)"
+        raise ConfigError("lora.base_dtype", "float8", rule, "lora.base_dtype=int8")
     settle_pools(config.precache, world)  # refuses what the cluster cannot hold
     config = _with_batch(_with_absolute_sources(config, lora_identity), world.data_parallel)
     assert config.train.batch_size is not None
@@ -153,6 +156,9 @@ def _with_absolute_sources(config: RunConfig, lora_identity: str) -> RunConfig:
         config,
         data=dataclasses.replace(data, source=source, datasets=named),
         lora=dataclasses.replace(lora, init_from=init_from),
+        validation=dataclasses.replace(
+            config.validation, images=tuple(storage.stable_name(uri) for uri in config.validation.images)
+        ),
     )
 
 

@@ -143,11 +143,12 @@ class RunConfig:
 
     def _check_lora(self) -> None:
         """Of adapters what hangs on the rest."""
-        for name in ("init_from", "base_dtype"):
+        off = {"init_from": "null", "base_dtype": "null", "dropout": "0", "use_rslora": "false", "use_dora": "false"}
+        for name, nothing in off.items():
             value = getattr(self.lora, name)
-            if self.adapter == "full" and value is not None:
+            if self.adapter == "full" and value:
                 rule = "a full fine-tune has no adapter, and no frozen weights"
-                raise ConfigError(f"lora.{name}", value, rule, f"adapter=lora or lora.{name}=null")
+                raise ConfigError(f"lora.{name}", value, rule, f"adapter=lora or lora.{name}={nothing}")
         if self.adapter == "full" and self.export.merge:
             rule = "a full fine-tune is exported whole, there is nothing to merge"
             raise ConfigError("export.merge", True, rule, "adapter=lora or export.merge=false")

@@ -24,6 +24,10 @@ def test_images_are_encoded_once(tiny_i2v: Path, tmp_path: Path) -> None:
     settings = ["+flavour=i2v-tiny", f"pretrained={tiny_i2v}", f"storage.root={tmp_path}", "validation.prompts=[a]"]
     config = to_run_config(compose([*settings, f"validation.images=[{tmp_path}/a.png]"]))
     plan = make_plan(config, ClusterFacts(0), "generated:test")
+    relative = os.path.relpath(tmp_path / "a.png")
+    typed = to_run_config(compose([*settings, f"validation.images=[{relative}]"]))
+    (image,) = make_plan(typed, ClusterFacts(0), "generated:test").config.validation.images
+    assert os.path.isabs(image) and os.path.samefile(image, tmp_path / "a.png"), "workers have other working folders"
     assert encode_images(plan, "cpu") == 1
     mean = safetensors.torch.load_file(layout.image_uri(plan.run_uri, 0))["mean"]
     expected, _ = VideoAutoencoder(str(tiny_i2v), "cpu").encode(picture[None])

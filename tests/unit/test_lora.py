@@ -25,6 +25,7 @@ from k5dist.model.lora import DropoutKey, KeyedDropout, dropout_key, peft_config
 from k5dist.model.quantised import QuantisedLinear, dequantise, quantise, quantised_layers, round_blocks
 from k5dist.model.transformer import adapters_off
 from k5dist.model.tread import Routing
+from k5dist.plan import ClusterFacts, make_plan
 from k5dist.train.parallelise import compile_blocks, set_recompute
 from tests.unit.models import CPU, lora_config, model_config, our_model, random, random_text, relative, set_adapters
 
@@ -66,6 +67,9 @@ def test_a_list_of_targets_hits_the_blocks_alone(tiny_t2v: Path) -> None:
         (["lora.dropout=1"], "lora.dropout", "lora.dropout=0.05"),
         (["lora.base_dtype=int4"], "lora.base_dtype", "int8"),
         (["adapter=full", "lora.base_dtype=int8"], "lora.base_dtype", "adapter=lora"),
+        (["adapter=full", "lora.init_from=/some/lora"], "lora.init_from", "adapter=lora"),
+        (["adapter=full", "lora.use_dora=true"], "lora.use_dora", "lora.use_dora=false"),
+        (["adapter=full", "export.merge=true"], "export.merge", "adapter=lora"),
         (["lora.base_dtype=int8", "train.float8=true", "train.precision=bf16"], "lora.base_dtype", "one of"),
     ],
 )
@@ -74,6 +78,29 @@ def test_bad_settings_are_refused(overrides: list[str], key: str, fix: str) -> N
         to_run_config(compose(["+flavour=t2v-tiny", *overrides]))
     assert error.value.key == key
     assert fix in error.value.fix
+
+
+def test_float8_is_planned_where_the_gpu_has_it() -> None:
+    config = to_run_config(compose(["+flavour=t2v-lite-sft-5s", "lora.base_dtype=float8"]))
+    make_plan(config, ClusterFacts(1, "NVIDIA H100 80GB HBM3"), "weights")
+    with pytest.raises(ConfigError) as error:
+        make_plan(config, ClusterFacts(1, "NVIDIA A100-SXM4-80GB"), "weights")
+    assert (error.value.key, error.value.fix) == ("lora.base_dtype", "lora.base_dtype=int8")
+
+
+def test_a_run_keeps_its_fingerprint_where_no_option_is_used() -> None:
+    """What is off is not in it; a LoRA to start from is in it by its content, wherever it lies."""
+
+    def fingerprint(*overrides: str, lora_identity: str = "") -> str:
+        config = to_run_config(compose(["+flavour=t2v-tiny", *overrides]))
+        return make_plan(config, ClusterFacts(0), "weights", lora_identity=lora_identity).run_fingerprint
+
+    assert fingerprint() == fingerprint("lora.dropout=0", "lora.use_dora=false")
+    options = ["dropout=0.1", "use_dora=true", "use_rslora=true", "base_dtype=int8", "blocks=visual"]
+    found = {fingerprint(f"lora.{option}") for option in options}
+    assert len(found | {fingerprint()}) == 6
+    here, there = (fingerprint(f"lora.init_from={place}", lora_identity="lora:1") for place in ("/a", "s3://b/c"))
+    assert here == there != fingerprint("lora.init_from=/a", lora_identity="lora:2")
 
 
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 2.0), (True, 4.0)])
