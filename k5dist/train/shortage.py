@@ -133,10 +133,10 @@ def report(plan: RunPlan, step: int | None, usage: Usage) -> str:
         lines.append(f"other processes, or libraries of this one, hold {held:.1f} GiB of the GPU's {_gib(gpu_bytes)}")
     if usage.reserved - usage.peak > 0.05 * gpu_bytes:
         lines.append(f"{_gib(usage.reserved - usage.peak)} GiB were held in pieces that nothing asked for fitted into")
-    facts = ClusterFacts(plan.world.workers_per_node if plan.world.device == "cuda" else 0, plan.world.gpu_name)
-    found = fit.remedies(plan.config, facts, excess(planned, usage, gpu_bytes, available))
     if plan.world.device != "cuda":
-        found = []  # of a host's memory the plan knows nothing
+        return "\n".join(lines)  # of a host's memory the plan knows nothing
+    facts = ClusterFacts(plan.world.workers_per_node, plan.world.gpu_name)
+    found = fit.remedies(plan.config, facts, excess(planned, usage, gpu_bytes, available))
     if found:
         lines.append("settings that would fit, if all needs as much more than planned as it did here:")
         lines += [f"  {fit.words(change)}" for change in found]

@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 
 from k5dist import export
+from k5dist.cache import layout
 from k5dist.config import ExportConfig
 from k5dist.plan import RunPlan
 from k5dist.precache.images import encode_images
-from tests.distributed.gangs import Result, assert_close, make_run, train
+from tests.distributed.gangs import SCALE, Result, assert_close, make_run, train
 from tests.distributed.test_training import continued
 from tests.unit.models import random_frames
 
@@ -102,7 +103,13 @@ def exported_names(uri: str) -> set[str]:
 def test_first_frames_are_dropped_and_given_on_two_workers_as_on_one(root: Path, tiny_i2v: Path) -> None:
     """One run for both tasks; its videos begin with pictures."""
     Image.fromarray(random_frames(1)[0]).save(root / "a.png")
-    settings = ["data.resolution=[48,80]", "train.first_frame_dropout=0.5", "lora.dropout=0.1", "train.steps=2", "stages=[train,validate]"]
+    settings = [
+        "data.resolution=[48,80]",
+        "train.first_frame_dropout=0.5",
+        "lora.dropout=0.1",
+        "train.steps=2",
+        "stages=[train,validate]",
+    ]
     settings += [f"validation.images=[{root}/a.png]", "validation.sampling_steps=2", "validation.every=0"]
     plans = [make_run(root, tiny_i2v, f"frames-{n}", *settings, workers=n) for n in (1, 2)]
     for plan in plans:
@@ -115,3 +122,5 @@ def test_first_frames_are_dropped_and_given_on_two_workers_as_on_one(root: Path,
         for plan in plans
     ]
     torch.testing.assert_close(latents[0], latents[1], rtol=0, atol=1e-3)
+    picture = safetensors.torch.load_file(layout.image_uri(plans[0].run_uri, 0))["mean"] * SCALE
+    torch.testing.assert_close(latents[0][:1], picture, rtol=0, atol=1e-6)
