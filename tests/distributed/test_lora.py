@@ -107,7 +107,8 @@ def test_first_frames_are_dropped_and_given_on_two_workers_as_on_one(root: Path,
         "data.resolution=[48,80]",
         "train.first_frame_dropout=0.5",
         "lora.dropout=0.1",
-        "train.steps=2",
+        "train.steps=2",  # in the second, one worker's clip keeps its first frame and the other's does not
+        "train.batch_size=2",
         "stages=[train,validate]",
     ]
     settings += [f"validation.images=[{root}/a.png]", "validation.sampling_steps=2", "validation.every=0"]
