@@ -104,7 +104,8 @@ def fits(config: RunConfig, facts: ClusterFacts, change: Change, excess: float =
 
 
 def _needs(plan: RunPlan) -> tuple[memory.Memory, str, float]:
-    gpu, _, gpu_bytes = estimate.gpu_facts(plan.world.gpu_name)
+    gpu, _, _ = estimate.gpu_facts(plan.world.gpu_name)
+    gpu_bytes = memory.gpu_bytes(plan.config, plan.world)
     bucket = memory.largest(plan.buckets)
     return memory.predict(plan.config, plan.world, bucket, plan.recompute), gpu, gpu_bytes
 

@@ -187,8 +187,14 @@ def largest(buckets: Iterable[Bucket]) -> Bucket:
     return max(buckets, key=lambda bucket: bucket.tokens)
 
 
-def usable(gpu_bytes: float) -> float:
-    return gpu_bytes * (1 - MARGIN)
+def gpu_bytes(config: RunConfig, world: World) -> float:
+    """What a worker may take of its GPU."""
+    _, _, card = estimate.gpu_facts(world.gpu_name)
+    return card if config.train.gpu_memory_gib is None else min(card, config.train.gpu_memory_gib * GIB)
+
+
+def usable(limit: float) -> float:
+    return limit * (1 - MARGIN)
 
 
 def _eager_factor(config: RunConfig, world: World) -> float:

@@ -23,7 +23,7 @@ from k5dist.pools import Pools, settle_pools
 from k5dist.shapes import Bucket
 from k5dist.world import ClusterFacts, World, make_world
 
-SCHEMA_VERSION = 5  # of plan.json
+SCHEMA_VERSION = 6  # of plan.json
 ENCODING_VERSION = 2  # raise when equal settings give another cache
 DEFAULT_BATCH = 8
 _OFF = (None, False, "", "all")  # options of adapters that are not used
@@ -131,7 +131,7 @@ def make_plan(
         config=config,
         world=world,
         buckets=buckets,
-        recompute=memory.settle(config, world, buckets, estimate.gpu_facts(world.gpu_name)[2]),
+        recompute=memory.settle(config, world, buckets, memory.gpu_bytes(config, world)),
         name=name,
         pretrained=_checkpoint_uri(config, pretrained_identity),
         pretrained_identity=pretrained_identity,
@@ -201,7 +201,7 @@ def _run_identity(config: RunConfig, features_id: str, lora_identity: str) -> di
     everything["lora"] = {key: value for key, value in everything["lora"].items() if value not in _OFF}
     keys = ("model", "adapter", "lora", "train", "optimizer")
     # These change how fast a step is, not what it computes (but for rounding).
-    speed = ("activation_checkpointing", "offload_gib", "stream_weights", "compile", "attention")
+    speed = ("activation_checkpointing", "offload_gib", "stream_weights", "gpu_memory_gib", "compile", "attention")
     train = {key: value for key, value in everything["train"].items() if key not in speed}
     if not train["first_frame_dropout"]:
         del train["first_frame_dropout"]
@@ -268,7 +268,8 @@ def estimates(plan: RunPlan) -> Estimates:
     model, bucket = config.model, memory.largest(plan.buckets)
     density = estimate.ASSUMED_NABLA_DENSITY if model.is_sparse else 1.0
     flops = estimate.clip_flops(config, bucket.token_shape, density).training(config.adapter) * plan.batch_size
-    gpu, rate, gpu_bytes = estimate.gpu_facts(world.gpu_name)
+    gpu, rate, _ = estimate.gpu_facts(world.gpu_name)
+    gpu_bytes = memory.gpu_bytes(config, world)
     needed = memory.predict(config, world, bucket, plan.recompute)
     rolled = config.rollout.forwards(plan.accumulation, world.data_parallel) if config.rollout.enabled else 0.0
     forward = estimate.forward_flops(model, bucket.tokens, density)

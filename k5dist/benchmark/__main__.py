@@ -1,38 +1,27 @@
 """`python -m k5dist.benchmark train +flavour=… [benchmark.blocks=…] [benchmark.baseline=diffusers]`.
 
 Every loop is timed by a torchrun gang of its own, so none inherits another's memory or caches. Figures are printed and
-stored as JSON.
+stored as JSON. `methods` times every training method beside plain LoRA, `load` a checkpoint's way into the shards; the
+others need no run's configuration.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from k5dist.benchmark.settings import Benchmark, BenchmarkSettings, plan_benchmark
-from k5dist.compose import compose
-from k5dist.config import ConfigError, RunConfig
+from k5dist.benchmark.methods import time_methods
+from k5dist.benchmark.runner import configure, run_gang, store
+from k5dist.benchmark.settings import Benchmark, plan_benchmark
+from k5dist.config import ConfigError
 from k5dist.console import say, show_table
-from k5dist.plan import RunPlan
 
-STANDALONE = (
-    "nabla",
-    "text_attention",
-    "vae",
-    "text",
-    "scale",
-    "precache",
-)  # these configure no run
-COMMANDS = ("train", "load", *STANDALONE)
+STANDALONE = ("nabla", "text_attention", "vae", "text", "scale", "precache")  # these configure no run
+COMMANDS = ("train", "methods", "load", *STANDALONE)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -44,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
         if command not in COMMANDS:
             rule = f"one of {', '.join(COMMANDS)}"
             raise ConfigError("command", command, rule, "python -m k5dist.benchmark train +flavour=t2v-tiny")
-        return load(rest) if command == "load" else train(rest)
+        return {"train": train, "methods": time_methods, "load": load}[command](rest)
     except ConfigError as error:
         sys.stderr.write(error.block() + "\n")
         return 2
@@ -55,18 +44,18 @@ def train(overrides: Sequence[str]) -> int:
     from k5dist.benchmark.density import with_density
     from k5dist.hardware import local_facts
 
-    config, settings = _configure(overrides)
+    config, settings = configure(overrides)
     plan = with_density(plan_benchmark(config, settings, local_facts(config.cluster)), settings.density)
     loops = ["k5dist"] if settings.baseline == "none" else ["k5dist", settings.baseline]
     results = []
     for loop in loops:
         say(f"timing {loop}: {plan.buckets[0]} on {plan.world.size} × {plan.world.gpu_name or 'CPU'}")
-        result = _gang(Benchmark(plan, settings, loop))
-        if result is None:
+        timed = run_gang([Benchmark(plan, settings, loop)])
+        if timed is None:
             return 1
-        results.append(result)
-        show_table(loop, _rows(result))
-    _store("train", overrides, plan, settings, results)
+        results += timed
+        show_table(loop, _rows(timed[0]))
+    store("train", overrides, plan, settings, results)
     return 0
 
 
@@ -75,14 +64,15 @@ def load(overrides: Sequence[str]) -> int:
     from k5dist.benchmark.load import write_checkpoint
     from k5dist.hardware import local_facts
 
-    config, settings = _configure(overrides)
+    config, settings = configure(overrides)
     plan = plan_benchmark(config, settings, local_facts(config.cluster))
     if settings.checkpoint is not None:
         folder = write_checkpoint(plan.config.model, Path(settings.checkpoint))
         plan = dataclasses.replace(plan, pretrained=str(folder))
-    result = _gang(Benchmark(plan, settings, "load"))
-    if result is None:
+    timed = run_gang([Benchmark(plan, settings, "load")])
+    if timed is None:
         return 1
+    (result,) = timed
     shard, growth = result["shard_gib"], result["host_growth_gib"]
     rows = [("checkpoint", f"{plan.pretrained}: {result['checkpoint_gib']:.2f} GiB")]
     rows.append(
@@ -90,34 +80,8 @@ def load(overrides: Sequence[str]) -> int:
     )
     rows.append(("host memory", f"{growth:.2f} GiB at most, for a shard of {shard:.2f}"))
     show_table("load", rows)
-    _store("load", overrides, plan, settings, [result])
+    store("load", overrides, plan, settings, [result])
     return 0
-
-
-def _configure(overrides: Sequence[str]) -> tuple[RunConfig, BenchmarkSettings]:
-    plain: Any = OmegaConf.to_container(compose(list(overrides), "benchmark"), resolve=True)
-    settings = BenchmarkSettings.from_mapping(plain.pop("benchmark"))
-    return RunConfig.from_mapping({str(key): value for key, value in plain.items() if key != "hydra"}), settings
-
-
-def _store(
-    command: str, overrides: Sequence[str], plan: RunPlan, settings: BenchmarkSettings, results: list[dict[str, Any]]
-) -> None:
-    out = Path(settings.out or f"k5dist-benchmark-{plan.config.flavour.name}.json")
-    report = {"command": [f"python -m k5dist.benchmark {command}", *overrides], "config": plan.config.to_mapping()}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report | {"results": results}, indent=2) + "\n")
-    say(f"figures: {out}")
-
-
-def _gang(benchmark: Benchmark) -> dict[str, Any] | None:
-    with tempfile.TemporaryDirectory() as folder:
-        spec, result = Path(folder) / "benchmark.json", Path(folder) / "result.json"
-        spec.write_text(benchmark.to_json())
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(benchmark.plan.world.size)]
-        status = subprocess.run([*command, "-m", "k5dist.benchmark.train", str(spec), str(result)], check=False)
-        return json.loads(result.read_text()) if status.returncode == 0 and result.exists() else None
 
 
 def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:

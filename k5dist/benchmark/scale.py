@@ -10,12 +10,12 @@ import argparse
 import csv
 import dataclasses
 import json
+import multiprocessing
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -107,9 +107,8 @@ def write_run(folder: Path, rows: int) -> Path:
     cache = str(folder / "cache")
     shape, size = [31, 96, 160, 16], 2 * 31 * 96 * 160 * 16
     tensors = [{"name": name, "shape": shape, "offset": at * size, "length": size} for at, name in enumerate("ab")]
-    sides = {
-        name: [BUCKETS[row % 3][at] for row in range(rows)] for at, name in enumerate(("frames", "height", "width"))
-    }
+    names = ("frames", "height", "width")
+    sides = {name: [BUCKETS[row % 3][at] for row in range(rows)] for at, name in enumerate(names)}
     _write_part(layout.samples(cache), keys, 2 * size, tensors, sides)
     text = [{"name": "qwen", "shape": [50, 3584], "offset": 0, "length": 2 * 50 * 3584}]
     _write_part(layout.captions(cache, ENCODING), [layout.caption_key(c) for c in captions], 2 * 50 * 3584, text, {})
@@ -190,6 +189,16 @@ PARTS: dict[str, tuple[Callable[[Path, int], Path], Callable[[Path, int], dict[s
 }
 
 
+def _alone(function: Callable[[str, Path, int], Any], part: str, path: Path, rows: int) -> Any:
+    """Call it in a process of its own, begun from this small one: a process's peak of memory counts its parent's."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
+        return alone.submit(function, part, path, rows).result()
+
+
+def prepare(part: str, folder: Path, rows: int) -> Path:
+    return PARTS[part][0](folder, rows)
+
+
 def measure(part: str, path: Path, rows: int) -> dict[str, Any]:
     """In this process: the part's seconds, and the process's peak of memory."""
     start = time.perf_counter()
@@ -204,20 +213,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--part", nargs=2, metavar=("NAME", "PATH"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    if arguments.part:
-        part, path = arguments.part
-        arguments.out.write_text(json.dumps(measure(part, Path(path), arguments.rows)))
-        return
     found: dict[str, Any] = {"rows": arguments.rows, "parts": {}}
-    for part, (prepare, _) in PARTS.items():
+    for part in PARTS:
         say(f"{part}: preparing {arguments.rows:,} rows")
         with tempfile.TemporaryDirectory() as folder:
-            path, result = prepare(Path(folder), arguments.rows), Path(folder) / "result.json"
-            command = [sys.executable, "-m", "k5dist.benchmark.scale", "--out", str(result)]
-            subprocess.run([*command, "--rows", str(arguments.rows), "--part", part, str(path)], check=True)
-            found["parts"][part] = json.loads(result.read_text())
+            path = _alone(prepare, part, Path(folder), arguments.rows)
+            found["parts"][part] = _alone(measure, part, path, arguments.rows)
     arguments.out.write_text(json.dumps(found, indent=1) + "\n")
     table = Table(title=f"{arguments.rows:,} rows", title_justify="left", box=None)
     for name in ("part", "seconds", "peak MiB"):

@@ -52,13 +52,12 @@ class Benchmark:
     settings: BenchmarkSettings
     loop: str  # k5dist, diffusers or load
 
-    def to_json(self) -> str:
+    def to_mapping(self) -> dict[str, Any]:
         body = {"plan": json.loads(self.plan.to_json()), "settings": dataclasses.asdict(self.settings)}
-        return json.dumps(body | {"loop": self.loop})
+        return body | {"loop": self.loop}
 
     @classmethod
-    def from_json(cls, text: str) -> Benchmark:
-        body = json.loads(text)
+    def from_mapping(cls, body: Mapping[str, Any]) -> Benchmark:
         plan = RunPlan.from_json(json.dumps(body["plan"]))
         return cls(plan, BenchmarkSettings.from_mapping(body["settings"]), body["loop"])
 

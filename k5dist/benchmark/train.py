@@ -1,12 +1,13 @@
 """Timing the training step: random weights, made-up clips, and the very `TrainStep` that a run uses.
 
-`torchrun … -m k5dist.benchmark.train <benchmark.json> <result.json>` is one loop's worker; `python -m k5dist.benchmark
-train` writes the first and reads the second.
+`torchrun … -m k5dist.benchmark.train <benchmarks.json> <result.json>` is a worker; `python -m k5dist.benchmark train`
+writes the first, a list, and reads the second.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
 import platform
@@ -36,6 +37,7 @@ from k5dist.model.forward import Text
 from k5dist.model.quantised import quantised_layers
 from k5dist.model.transformer import adapt, add_head, allocate
 from k5dist.model.weights import fill_shard, is_adapter
+from k5dist.train.ema import Ema
 from k5dist.train.feed import Step, pinned
 from k5dist.train.objective import Clip, Objective
 from k5dist.train.optimiser import make_optimiser, trained_dtype
@@ -44,15 +46,25 @@ from k5dist.train.step import TrainStep
 from k5dist.train.worker import start_process_group
 
 
-def main(benchmark_path: str, result_path: str) -> int:
-    benchmark = Benchmark.from_json(Path(benchmark_path).read_text())
-    device = start_process_group(benchmark.plan)
-    result = time_loading(benchmark, device) if benchmark.loop == "load" else measure(benchmark, device)
+def main(spec_path: str, result_path: str) -> int:
+    benchmarks = [Benchmark.from_mapping(body) for body in json.loads(Path(spec_path).read_text())]
+    device = start_process_group(benchmarks[0].plan)
+    results = [_alone(benchmark, device) for benchmark in benchmarks]
     if dist.get_rank() == 0:
-        Path(result_path).write_text(json.dumps(result))
+        Path(result_path).write_text(json.dumps(results))
     dist.barrier()
     dist.destroy_process_group()
     return 0
+
+
+def _alone(benchmark: Benchmark, device: torch.device) -> dict[str, Any]:
+    """With graphs and memory as if it were the only one (compiled kernels stay on disk)."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return time_loading(benchmark, device) if benchmark.loop == "load" else measure(benchmark, device)
 
 
 def measure(benchmark: Benchmark, device: torch.device) -> dict[str, Any]:
@@ -63,6 +75,7 @@ def measure(benchmark: Benchmark, device: torch.device) -> dict[str, Any]:
     objective = make_objective(config, device, ours=benchmark.loop == "k5dist")
     optimiser = make_optimiser(transformer, config.optimizer, device, objective.dtype)
     work = TrainStep(plan, transformer, optimiser, objective, None)
+    average = Ema(transformer, config.ema) if config.ema.enabled else None
     clip = make_clip(benchmark)
     losses, norms, seconds = [], [], []
     for number in range(1, settings.warmup + settings.steps + 1):
@@ -70,6 +83,9 @@ def measure(benchmark: Benchmark, device: torch.device) -> dict[str, Any]:
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
         loss, norm = work.update(make_step(clip, plan.batch_size, number), number)
+        if average is not None:
+            average.update(number)
+            _wait(device)
         seconds.append(time.perf_counter() - started)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             # Nothing that is timed after it would mean anything: a GPU that multiplies NaNs draws less power.
@@ -92,6 +108,11 @@ def measure(benchmark: Benchmark, device: torch.device) -> dict[str, Any]:
         **speed(benchmark, statistics.median(seconds[settings.warmup :]), kept, device),
         "environment": environment(device),
     }
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def build(benchmark: Benchmark, device: torch.device) -> nn.Module:
@@ -176,12 +197,14 @@ def make_clip(benchmark: Benchmark) -> Clip:
     tensors = pinned(tensors, benchmark.plan.world.device == "cuda")
     text, mean, logvar = Text(tensors["qwen"], tensors["clip"]), tensors["mean"], tensors["logvar"]
     first = (mean[:1], logvar[:1]) if config.flavour.task == "i2v" else (None, None)
-    return Clip(f"clip-{group}", mean, logvar, *first, text, tensors.get("features"))
+    return Clip(f"clip-{group}", mean, logvar, *first, text, features_ThwD=tensors.get("features"))
 
 
 def make_step(clip: Clip, num_real: int, number: int) -> Step:
-    """Step `number` sees the clip in an epoch of its own: with other noise at another σ."""
-    return Step(epoch=number, batch=0, last_of_epoch=False, clips=[(clip, 1.0)], num_real=num_real, waited=0.0)
+    """Step `number` sees the clip in an epoch of its own: with other noise at another σ. Where clips are ever rolled
+    out, this one is."""
+    clips = [(clip, 1.0)]
+    return Step(epoch=number, batch=0, last_of_epoch=False, clips=clips, num_real=num_real, waited=0.0, draws=[0.0])
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:

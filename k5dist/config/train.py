@@ -20,6 +20,7 @@ class TrainConfig:
     activation_checkpointing: str
     offload_gib: float
     stream_weights: bool
+    gpu_memory_gib: float | None
     compile: bool
     float8: bool
     attention: str
@@ -54,6 +55,9 @@ class TrainConfig:
         if self.offload_gib < 0 or (self.offload_gib and not self.compile):
             rule = "GiB of the host's memory a worker, 0 or more; only what compiled blocks keep can be moved there"
             raise ConfigError("train.offload_gib", self.offload_gib, rule, "train.offload_gib=64 train.compile=true")
+        if self.gpu_memory_gib is not None and not 2 <= self.gpu_memory_gib < math.inf:
+            rule = "GiB of GPU memory, 2 or more (CUDA itself takes one)"
+            raise ConfigError("train.gpu_memory_gib", self.gpu_memory_gib, rule, "train.gpu_memory_gib=24 or null")
         if not 0 <= self.caption_dropout <= 1:
             rule = "a probability, 0 ≤ p ≤ 1"
             raise ConfigError("train.caption_dropout", self.caption_dropout, rule, "train.caption_dropout=0.1")

@@ -75,9 +75,14 @@ def compile_blocks(transformer: VideoTransformer, backend: Any = "inductor") -> 
 
     The forward is compiled, not the module: FSDP2's hooks, which gather its weights, stay outside.
     """
+    from torch._inductor import config as inductor
+
     torch._dynamo.config.automatic_dynamic_shapes = False  # a graph a bucket
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.accumulated_recompile_limit = 8 * RECOMPILE_LIMIT
+    # Sums over tokens fused into the passes over channels read rows that nothing wrote (torch 2.11, H200: the
+    # modulation's gradients become NaN wherever the memory held one).
+    inductor.triton.mix_order_reduction = False
     for block in transformer.visual_transformer_blocks:
         block.forward = _any_text(torch.compile(block.forward, fullgraph=True, backend=backend))
 

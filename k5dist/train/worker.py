@@ -12,12 +12,11 @@ import traceback
 import torch
 import torch.distributed as dist
 
-from k5dist import storage
+from k5dist import memory, storage
 from k5dist.cache.layout import TextEncoding
 from k5dist.config import ConfigError
-from k5dist.estimate import Bucket
+from k5dist.estimate import GIB, Bucket
 from k5dist.events import emit
-from k5dist.memory import largest
 from k5dist.model.encoders import text_encoding
 from k5dist.model.pretrained import read_config, scheduler_shift
 from k5dist.model.transformer import build_transformer, materialise
@@ -77,6 +76,10 @@ def start_process_group(plan: RunPlan) -> torch.device:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+        if plan.config.train.gpu_memory_gib is not None:
+            _, total = torch.cuda.mem_get_info(device)
+            allowed = plan.config.train.gpu_memory_gib * GIB - memory.RUNTIME_BYTES
+            torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=START_TIMEOUT)
     else:
         device = torch.device("cpu")
@@ -161,7 +164,7 @@ def build_trainer(plan: RunPlan, device: torch.device) -> tuple[Trainer, Dataset
     shift, reference = config.train.timestep_shift, None
     if shift == "resolution":
         shape = config.train.timestep_shift_reference
-        reference = (largest(plan.buckets) if shape is None else Bucket(*shape)).tokens
+        reference = (memory.largest(plan.buckets) if shape is None else Bucket(*shape)).tokens
     objective = Objective(
         model=config.model,
         train=config.train,

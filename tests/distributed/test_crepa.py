@@ -6,7 +6,7 @@ import pytest
 
 from k5dist import export, storage
 from k5dist.cache import layout
-from tests.distributed.gangs import Gang, make_run, train
+from tests.distributed.gangs import Gang, make_run, select, train
 from tests.distributed.test_context import NABLA, STEPS
 from tests.distributed.test_tread import check_same
 
@@ -42,6 +42,7 @@ def test_tokens_in_nablas_order_meet_their_own_features(tmp_path: Path, tiny_nab
 def test_a_cache_without_features_is_refused(tmp_path: Path, tiny_t2v: Path) -> None:
     plan = make_run(tmp_path, tiny_t2v, "none", "train.steps=1", *ON)
     storage.remove(layout.features(plan.cache_uri, plan.features_id).uri)
+    select(plan, layout.read_selected(storage.join(plan.run_uri, layout.SELECTION)))
     result = Gang(plan).result()
     (error,) = result.events("config_error")
     assert result.status != 0

@@ -11,7 +11,7 @@ import scipy.stats
 import torch
 
 from k5dist.cache.keys import unit_interval
-from k5dist.cache.order import epoch_batches
+from k5dist.cache.order import EpochOrder, Stratum
 from k5dist.compose import compose, to_run_config
 from k5dist.config import TrainConfig
 from k5dist.train.objective import Clip, Objective
@@ -89,7 +89,8 @@ def test_each_position_is_uniform_by_itself() -> None:
 
 def test_strata_are_the_same_on_every_number_of_workers_and_leave_fillings_out() -> None:
     """As a step asks for them: position i of worker r is i · workers + r, fillings stand last."""
-    (batch,) = epoch_batches(["a", "b", "c", "d", "e"], [(17, 64, 96)] * 5, seed=0, epoch=0, batch_size=8)
+    clips = Stratum((17, 64, 96), "main", 1, None, held_out=False, first=0, count=5)
+    (batch,) = EpochOrder([clips], seed=0, epoch=0, batch_size=8).batches()
     assert batch.num_real == 5 and batch.weights == (1.0,) * 5 + (0.0,) * 3
     by_world = []
     for size in (1, 2, 4):
