@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from k5dist import states
+from k5dist import estimate, states
 from k5dist.config import ModelConfig, RunConfig
 from k5dist.estimate import GIB, MIB, Recompute
 from k5dist.shapes import NABLA_BLOCK, Bucket

@@ -22,6 +22,10 @@ _ROLLOUT = ("rollout.probability=1", "rollout.start_step=0", "rollout.ramp_steps
 METHODS: dict[str, tuple[str, ...]] = {
     PLAIN: (),
     "LoRA, attention and FFN": ("lora.targets=attention+ffn",),
+    "LoRA, dropout": ("lora.dropout=0.1",),
+    "DoRA": ("lora.use_dora=true",),
+    "LoRA, base in int8": ("lora.base_dtype=int8",),
+    "LoRA, base in float8": ("lora.base_dtype=float8",),
     "TREAD, half of the tokens": ("tread.routes=[{selection_ratio:0.5,start_layer_idx:2,end_layer_idx:-2}]",),
     "CREPA": ("crepa.enabled=true", "crepa.block_index=1"),
     "rollout of one step, every clip": (*_ROLLOUT, "rollout.max_steps=1"),

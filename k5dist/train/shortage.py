@@ -119,7 +119,8 @@ def _tried(message: str) -> int:
 
 def report(plan: RunPlan, step: int | None, usage: Usage) -> str:
     """A table of the parts, and settings that the plan finds to fit if everything needs as much more as was seen."""
-    gpu, _, gpu_bytes = estimate.gpu_facts(plan.world.gpu_name)
+    gpu, _, card = estimate.gpu_facts(plan.world.gpu_name)
+    limit = memory.gpu_bytes(plan.config, plan.world)
     bucket = memory.largest(plan.buckets)
     planned = memory.predict(plan.config, plan.world, bucket, plan.recompute)
     where = gpu if plan.world.device == "cuda" else "worker"
@@ -127,16 +128,16 @@ def report(plan: RunPlan, step: int | None, usage: Usage) -> str:
     tried = f", when {_gib(usage.tried)} GiB more were asked for" if usage.tried else ""
     lines = [f"out of memory on {where} {when}{tried}", *_table(planned, usage)]
     lines.append(f"planned for clips of {bucket}, the largest bucket")
-    available = gpu_bytes - max(0.0, usage.foreign - planned.runtime)
-    if available < 0.97 * gpu_bytes:
-        held = (gpu_bytes - available) / GIB
-        lines.append(f"other processes, or libraries of this one, hold {held:.1f} GiB of the GPU's {_gib(gpu_bytes)}")
-    if usage.reserved - usage.peak > 0.05 * gpu_bytes:
+    held = max(0.0, usage.foreign - planned.runtime)
+    available = min(limit, card - held)
+    if available < 0.97 * limit:
+        lines.append(f"other processes, or libraries of this one, hold {held / GIB:.1f} GiB of the GPU's {_gib(card)}")
+    if usage.reserved - usage.peak > 0.05 * limit:
         lines.append(f"{_gib(usage.reserved - usage.peak)} GiB were held in pieces that nothing asked for fitted into")
     if plan.world.device != "cuda":
         return "\n".join(lines)  # of a host's memory the plan knows nothing
     facts = ClusterFacts(plan.world.workers_per_node, plan.world.gpu_name)
-    found = fit.remedies(plan.config, facts, excess(planned, usage, gpu_bytes, available))
+    found = fit.remedies(plan.config, facts, excess(planned, usage, limit, available))
     if found:
         lines.append("settings that would fit, if all needs as much more than planned as it did here:")
         lines += [f"  {fit.words(change)}" for change in found]
@@ -145,10 +146,10 @@ def report(plan: RunPlan, step: int | None, usage: Usage) -> str:
     return "\n".join(lines)
 
 
-def excess(planned: Memory, usage: Usage, gpu_bytes: float, available: float) -> float:
-    """By how much the need was greater than its prediction, or the GPU smaller."""
+def excess(planned: Memory, usage: Usage, limit: float, available: float) -> float:
+    """By how much the need was greater than its prediction, or the GPU smaller than planned by."""
     needed = (usage.peak + usage.tried) / planned.allocated
-    return max(1.0, needed, gpu_bytes / max(available, 1.0))
+    return max(1.0, needed, limit / max(available, 1.0))
 
 
 def _table(planned: Memory, usage: Usage) -> list[str]:
