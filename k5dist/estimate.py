@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from k5dist.config import CrepaConfig, ModelConfig, RunConfig
+from k5dist.config import BLOCK_LAYERS, CrepaConfig, LoraConfig, ModelConfig, RunConfig
 from k5dist.config.crepa import HEAD_DIM
 from k5dist.shapes import PATCH, Bucket
 
@@ -94,12 +94,35 @@ def exact_parameters(model: ModelConfig) -> int:
     return text + model.num_visual_blocks * visual_block_exact_parameters(model) + root_exact_parameters(model)
 
 
-def lora_parameters(model: ModelConfig, rank: int, targets: str) -> int:
-    """Weights of rank-`rank` adapters on every text and visual block."""
-    dim = model.model_dim
-    attention = 4 * rank * 2 * dim
-    ffn = 2 * rank * (dim + model.ff_dim) if targets == "attention+ffn" else 0
-    return model.num_text_blocks * (attention + ffn) + model.num_visual_blocks * (2 * attention + ffn)
+def layer_shape(model: ModelConfig, layer: str) -> tuple[int, int]:
+    """(out, in) features of a block's linear layer."""
+    shapes = {"feed_forward.in_layer": (model.ff_dim, model.model_dim)}
+    shapes["feed_forward.out_layer"] = (model.model_dim, model.ff_dim)
+    return shapes.get(layer, (model.model_dim, model.model_dim))
+
+
+def block_linear_parameters(model: ModelConfig, kind: str) -> int:
+    """Weights, without biases, of the linear layers of a text or visual block: what `lora.base_dtype` stores."""
+    return sum(n * k for n, k in (layer_shape(model, layer) for layer in BLOCK_LAYERS[kind]))
+
+
+def linear_parameters(model: ModelConfig, *, visual: bool = True) -> int:
+    """The same of all blocks, or of the text blocks alone."""
+    blocks = _blocks(model)
+    return sum(blocks[kind] * block_linear_parameters(model, kind) for kind in ("text", *["visual"] * visual))
+
+
+def _blocks(model: ModelConfig) -> dict[str, int]:
+    return {"text": model.num_text_blocks, "visual": model.num_visual_blocks}
+
+
+def lora_parameters(model: ModelConfig, lora: LoraConfig) -> int:
+    """Weights of the adapters: two factors a layer, with DoRA a length a row."""
+    count = 0
+    for kind, layers in lora.layers.items():
+        shapes = [layer_shape(model, layer) for layer in layers]
+        count += _blocks(model)[kind] * sum(lora.rank * (n + k) + lora.use_dora * n for n, k in shapes)
+    return count
 
 
 @dataclass(frozen=True)
@@ -174,6 +197,11 @@ def gpu_facts(name: str | None) -> tuple[str, float, float]:
 
 def is_known_gpu(name: str | None) -> bool:
     return _known_part(name) is not None
+
+
+def lacks_float8(name: str | None) -> bool:
+    """Whether a GPU is known to be older than Ada and Hopper."""
+    return any(part.lower() in (name or "").lower() for part in ("A100", "RTX 3090"))
 
 
 def _known_part(name: str | None) -> str | None:

@@ -6,8 +6,10 @@ pipeline itself with the export and compares its latents with those the trained 
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,18 +23,17 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from k5dist import storage
 from k5dist.config import ConfigError
-from k5dist.model.attention import Rope, attend, rotate
-from k5dist.model.forward import nabla_parameters
-from k5dist.model.pretrained import component_folder
+from k5dist.model.lora_files import LORA_FILE
+from k5dist.model.pretrained import component_folder, component_uri
 from k5dist.model.transformer import build_transformer
-from k5dist.model.weights import HEAD
+from k5dist.model.weights import HEAD, stored_tensors
+from k5dist.parity import verify
 from k5dist.plan import RunPlan
 from k5dist.train.adaptive import averaged
 from k5dist.train.checkpoint import committed_steps, step_folder
 from k5dist.train.history import LossHistory
 from k5dist.train.validate import best_probe_uri, probe_uri, read_tensors
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 REPORT = "export.json"
 _SHARD_BYTES = 5 * 2**30
 TOLERANCE = {"fp32": 1e-3, "bf16": 6e-2}  # relative error of two guided steps; RoPE rounds q and k to bf16 in any case
@@ -53,6 +54,7 @@ class ExportReport:
     tolerance: float
     difference_to_base: float
     weights: str = "raw"  # or ema, or average (a schedule-free optimiser's)
+    merged_error: float | None = None  # of the transformer with the LoRA merged, where one was asked for
 
 
 def export_run(plan: RunPlan) -> ExportReport:
@@ -69,7 +71,7 @@ def export_run(plan: RunPlan) -> ExportReport:
         raise ConfigError("stages", list(plan.config.stages), rule, "run with train among the stages")
     target = storage.join(plan.run_uri, "export")
     step = steps[-1] if plan.config.export.checkpoint == "last" else _best(plan, steps)
-    done = _finished(target, step, _source(plan))
+    done = _finished(plan, target, step)
     if done:
         return done
     with storage.scratch_folder("export") as folder:
@@ -78,12 +80,15 @@ def export_run(plan: RunPlan) -> ExportReport:
         checkpoint = storage.fetch_folder(storage.join(plan.checkpoints_uri, step_folder(step)), folder / "checkpoint")
         if plan.config.adapter == "lora":
             _write_lora(plan, checkpoint, out)
+            if plan.config.export.merge:
+                _write_merged(plan, checkpoint, out / "transformer")
         else:
             _write_transformer(plan, checkpoint, out / "transformer")
-        error, difference = _verify(plan, out, _probe(plan, step))
+        error, difference, merged = verify(plan, out, _probe(plan, step))
         files = tuple(sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()))
         tolerance = TOLERANCE[plan.config.train.precision]
-        report = ExportReport(step, target, files, error, tolerance, difference, _source(plan))
+        report = ExportReport(step, target, files, error, tolerance, difference, _source(plan), merged)
+        error = error if merged is None else max(error, merged)
         if not error <= tolerance:
             raise ExportMismatch(
                 f"the exported model's latents differ from the trained model's by {error:.2e} (allowed {tolerance:.0e})"
@@ -93,13 +98,15 @@ def export_run(plan: RunPlan) -> ExportReport:
     return report
 
 
-def _finished(target: str, step: int, weights: str) -> ExportReport | None:
+def _finished(plan: RunPlan, target: str, step: int) -> ExportReport | None:
+    """The report of an export that is there already and is the one asked for."""
     uri = storage.join(target, REPORT)
     if not storage.exists(uri):
         return None
     found = json.loads(storage.read_text(uri))
     report = ExportReport(**{**found, "files": tuple(found["files"])})
-    return report if (report.step, report.weights) == (step, weights) else None
+    same = (report.step, report.weights) == (step, _source(plan))
+    return report if same and (report.merged_error is not None or not plan.config.export.merge) else None
 
 
 def _source(plan: RunPlan) -> str:
@@ -147,7 +154,9 @@ def _write_lora(plan: RunPlan, checkpoint: Path, out: Path) -> None:
     from peft import get_peft_model_state_dict
 
     dtype = torch.bfloat16
-    transformer: Any = build_transformer(plan.pretrained, plan.config.model, lora=plan.config.lora, dtype=dtype)
+    # Dropout is training's: diffusers leaves the layers that it adds in training mode, and would drop in sampling.
+    lora = dataclasses.replace(plan.config.lora, dropout=0.0)
+    transformer: Any = build_transformer(plan.pretrained, plan.config.model, lora=lora, dtype=dtype)
     tensors = _weights(plan, checkpoint, _model_tensors(checkpoint))
     layers: Any = get_peft_model_state_dict(transformer, state_dict=tensors)
     assert len(layers) == len(tensors), "every adapter tensor has a place in PEFT's format"
@@ -160,20 +169,48 @@ def _write_lora(plan: RunPlan, checkpoint: Path, out: Path) -> None:
 
 
 def _write_transformer(plan: RunPlan, checkpoint: Path, out: Path) -> None:
+    entries = _model_tensors(checkpoint)
+    sizes = {name: entry.size.numel() for name, entry in entries.items()}
+    _write_folder(plan, sizes, lambda names: _weights(plan, checkpoint, {name: entries[name] for name in names}), out)
+
+
+def _write_merged(plan: RunPlan, checkpoint: Path, out: Path) -> None:
+    """The base with its adapters added to its weights, in fp32 and from the checkpoint's own weights, quantised or not
+    in training: W + s B A, with DoRA each row at its trained length."""
+    adapters = _weights(plan, checkpoint, _model_tensors(checkpoint))
+    base = stored_tensors(component_uri(plan.pretrained, "transformer"))
+
+    def merged(name: str) -> Tensor:
+        weight = base[name].read_rows(0, base[name].shape[0])
+        path = name.removesuffix(".weight")
+        parts = {p: adapters.get(f"{path}.{p}.default.weight") for p in ("lora_A", "lora_B", "lora_magnitude_vector")}
+        first, second, lengths = parts.values()
+        if first is None or second is None:
+            return weight
+        whole = weight.float() + plan.config.lora.scale * second.float() @ first.float()
+        return whole if lengths is None else whole * (lengths.float() / whole.norm(dim=1))[:, None]
+
+    sizes = {name: math.prod(tensor.shape) for name, tensor in base.items()}
+    _write_folder(plan, sizes, lambda names: {name: merged(name) for name in names}, out)
+
+
+def _write_folder(
+    plan: RunPlan, sizes: dict[str, int], read: Callable[[list[str]], dict[str, Tensor]], out: Path
+) -> None:
     """A diffusers folder, written a few GiB at a time, in the types the model computed with."""
     from diffusers import Kandinsky5Transformer3DModel
 
     out.mkdir(parents=True)
     keep_fp32 = tuple(Kandinsky5Transformer3DModel._keep_in_fp32_modules)
     compute = torch.bfloat16 if plan.config.train.precision == "bf16" else torch.float32
-    groups = list(_groups(_model_tensors(checkpoint)))
+    groups = list(_groups(sizes))
     weight_map = {}
     for number, group in enumerate(groups, start=1):
         suffix = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
         file = f"diffusion_pytorch_model{suffix}.safetensors"
         tensors = {
             name: tensor.to(torch.float32 if any(p in keep_fp32 for p in name.split(".")) else compute)
-            for name, tensor in _weights(plan, checkpoint, group).items()
+            for name, tensor in read(group).items()
         }
         safetensors.torch.save_file(tensors, out / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
@@ -184,15 +221,15 @@ def _write_transformer(plan: RunPlan, checkpoint: Path, out: Path) -> None:
     (out / "config.json").write_bytes(config.read_bytes())
 
 
-def _groups(entries: dict[str, TensorStorageMetadata]) -> Iterator[dict[str, TensorStorageMetadata]]:
-    group: dict[str, TensorStorageMetadata] = {}
+def _groups(sizes: dict[str, int]) -> Iterator[list[str]]:
+    group: list[str] = []
     size = 0
-    for name, entry in sorted(entries.items()):
-        size += entry.size.numel() * 4
-        group[name] = entry
+    for name, numbers in sorted(sizes.items()):
+        size += numbers * 4
+        group.append(name)
         if size >= _SHARD_BYTES:
             yield group
-            group, size = {}, 0
+            group, size = [], 0
     if group:
         yield group
 
@@ -214,119 +251,3 @@ def _probe(plan: RunPlan, step: int) -> dict[str, Tensor]:
         rule = f"the training is not through with step {step}: it has left nothing to compare its export with"
         raise ConfigError("stages", list(plan.config.stages), rule, "run with train among the stages, to its end")
     return probe
-
-
-def _verify(plan: RunPlan, out: Path, probe: dict[str, Tensor]) -> tuple[float, float]:
-    """Relative errors of the pipeline's latents: with the export against the trained model, and base against it."""
-    raw = plan.config.ema.enabled and not plan.config.ema.export
-    trained = probe["latents.raw" if raw else "latents"].float()
-    base_folder = component_folder(plan.pretrained, "transformer")
-    base = _pipeline(plan, base_folder)
-    if "first_frame" in probe:  # the pipeline evens out the first frames after sampling
-        trained = base.normalize_first_frame(trained[None])[0]
-    difference = _relative_error(_sample(plan, base, probe), trained)
-    if plan.config.adapter == "lora":
-        base.load_lora_weights(str(out), weight_name=LORA_FILE)
-        exported = base
-    else:
-        del base
-        exported = _pipeline(plan, out / "transformer")
-    return _relative_error(_sample(plan, exported, probe), trained), difference
-
-
-def _pipeline(plan: RunPlan, transformer_folder: Path) -> Any:
-    from diffusers import Kandinsky5I2VPipeline, Kandinsky5T2VPipeline, Kandinsky5Transformer3DModel
-
-    from k5dist.model.sample import load_scheduler
-
-    dtype = torch.bfloat16 if plan.config.train.precision == "bf16" else torch.float32
-    transformer = Kandinsky5Transformer3DModel.from_pretrained(str(transformer_folder), torch_dtype=dtype)
-    nothing: Any = None
-    image_to_video = plan.config.flavour.task == "i2v"
-    pipeline = (Kandinsky5I2VPipeline if image_to_video else Kandinsky5T2VPipeline)(
-        transformer=transformer,
-        vae=nothing,
-        text_encoder=nothing,
-        tokenizer=nothing,
-        text_encoder_2=nothing,
-        tokenizer_2=nothing,
-        scheduler=load_scheduler(plan.pretrained),
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _sample(plan: RunPlan, pipeline: Any, probe: dict[str, Tensor]) -> Tensor:
-    """The pipeline's own sampling from the probe's noise and text: latents [T, H, W, C], fp32 on CPU."""
-    noise = probe["noise"][None].float()
-    channels = plan.config.model.in_visual_dim
-    mask = torch.zeros(*noise.shape[:-1], 1)
-    latents = noise.clone()
-    image: dict[str, Any] = {}
-    if "first_frame" in probe:
-        latents[:, :1] = probe["first_frame"]
-        mask[:, :1] = 1
-        image = {
-            "image": torch.zeros(1, 3, 8, 8)
-        }  # the latents say it already; the pipeline only asks for its presence
-    if plan.config.model.visual_cond:
-        latents = torch.cat([latents, torch.zeros(*noise.shape[:-1], channels), mask], dim=-1)
-    if plan.config.model.is_sparse:
-        _use_own_attention(plan, pipeline)
-    out = pipeline(
-        **image,
-        prompt_embeds_qwen=probe["text.qwen"].to(pipeline.device),
-        prompt_embeds_clip=probe["text.clip"].to(pipeline.device),
-        prompt_cu_seqlens=torch.tensor([0, probe["text.qwen"].shape[1]]),
-        negative_prompt_embeds_qwen=probe["negative.qwen"].to(pipeline.device),
-        negative_prompt_embeds_clip=probe["negative.clip"].to(pipeline.device),
-        negative_prompt_cu_seqlens=torch.tensor([0, probe["negative.qwen"].shape[1]]),
-        latents=latents,
-        height=noise.shape[2] * 8,
-        width=noise.shape[3] * 8,
-        num_frames=(noise.shape[1] - 1) * 4 + 1,
-        num_inference_steps=2,
-        guidance_scale=float(probe["guidance"]),
-        output_type="latent",
-        return_dict=False,
-    )[0]
-    return out[0].float().cpu()
-
-
-def _use_own_attention(plan: RunPlan, pipeline: Any) -> None:
-    """NABLA through our kernels: the stock attention is dense on CPU without a word."""
-    model = plan.config.model
-
-    def sparse_params(sample: Tensor, device: torch.device) -> dict[str, Any]:
-        _, frames, height, width, _ = sample.shape
-        return {"to_fractal": True, "nabla": nabla_parameters(model, (frames, height // 2, width // 2), device)}
-
-    pipeline.get_sparse_params = sparse_params
-    pipeline.transformer.set_attn_processor(_NablaProcessor())
-
-
-class _NablaProcessor:
-    """What diffusers' `Kandinsky5Attention` calls, with the blocks that `sparse_params` names really left out."""
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        rotary_emb: Tensor | None = None,
-        sparse_params: dict[str, Any] | None = None,
-    ) -> Tensor:
-        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query = attn.to_query(hidden_states).unflatten(-1, (attn.num_heads, -1))
-        key, value = (project(source).unflatten(-1, (attn.num_heads, -1)) for project in (attn.to_key, attn.to_value))
-        query = attn.query_norm(query.float()).type_as(query)
-        key = attn.key_norm(key.float()).type_as(key)
-        if rotary_emb is not None:
-            rope = Rope(rotary_emb[0, :, 0, :, 0, 0], rotary_emb[0, :, 0, :, 1, 0])
-            query, key = rotate(query, rope), rotate(key, rope)
-        out = attend(query, key, value, None if sparse_params is None else sparse_params["nabla"])
-        return attn.out_layer(out.flatten(-2))
-
-
-def _relative_error(out: Tensor, reference: Tensor) -> float:
-    return float((out - reference).norm() / reference.norm())

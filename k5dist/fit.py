@@ -44,7 +44,7 @@ def check(config: RunConfig, facts: ClusterFacts) -> None:
         f"{policy}, of {gpu_bytes / GIB:.1f} ({gpu}): weights, gradients and optimiser {state:.1f}, activations"
         f" {activations:.1f}"
     )
-    lighter = _lighter_policy(config, facts)
+    lighter = None if policy == "auto" else _lighter_policy(config, facts)  # auto has tried them all
     if lighter:
         key = "train.activation_checkpointing"
         raise ConfigError(key, policy, rule, f"{key}={lighter} or {key}=auto")
@@ -58,27 +58,41 @@ def check(config: RunConfig, facts: ClusterFacts) -> None:
 
 def words(change: Change) -> str:
     """As one types it; nothing in it needs quotes."""
-    return " ".join(f"{key}={'null' if value is None else value}" for key, value in change.items())
+    return " ".join(f"{key}={_word(value)}" for key, value in change.items())
 
 
-def alternatives(config: RunConfig, facts: ClusterFacts) -> list[Change]:
+def _word(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def remedies(config: RunConfig, facts: ClusterFacts, excess: float) -> list[Change]:
+    """For a run that was planned to fit and ran out of memory: up to three changes that fit if everything needs
+    `excess` times what the plan predicts. They name what is recomputed: `auto` would fill the GPU again."""
+    word = _lighter_policy(config, facts, excess)
+    found: list[Change] = [{"train.activation_checkpointing": word}] if word else []
+    full: Change = {} if config.train.activation_checkpointing == "full" else {"train.activation_checkpointing": "full"}
+    others = alternatives(_changed(config, full), facts, excess)
+    return [*found, *(change | full for change in others)][:MAX_ALTERNATIVES]
+
+
+def alternatives(config: RunConfig, facts: ClusterFacts, excess: float = 1.0) -> list[Change]:
     """Up to three changes, one a kind, nearest first, each of which plans and fits."""
     if config.train.activation_checkpointing not in ("auto", "full"):
         base: Change = {"train.activation_checkpointing": "auto"}
-        return [change | base for change in alternatives(_changed(config, base), facts)]
+        return [change | base for change in alternatives(_changed(config, base), facts, excess)]
     found: list[Change] = []
-    for kind in (_more_context, _more_gpus, _lighter_training, _smaller_clips, _everything):
+    for kind in (_more_context, _more_gpus, _lighter_training, _lighter_base, _smaller_clips, _everything):
         if kind is _everything and found:
             break
         for tried in kind(config, facts):
             # More of the same keys than what was found already is no alternative to it.
             new = (change for change in tried if not any(other.keys() <= change.keys() for other in found))
-            found += itertools.islice((change for change in new if fits(config, facts, change)), 1)
+            found += itertools.islice((change for change in new if fits(config, facts, change, excess)), 1)
     return found[:MAX_ALTERNATIVES]
 
 
-def fits(config: RunConfig, facts: ClusterFacts, change: Change) -> bool:
-    """Whether the changed run plans, and leaves the margin free."""
+def fits(config: RunConfig, facts: ClusterFacts, change: Change, excess: float = 1.0) -> bool:
+    """Whether the changed run plans, and leaves the margin free even where it needs `excess` times its prediction."""
     try:
         changed = _changed(config, change)
         gpus = changed.cluster.gpus_per_node or facts.gpus_per_node
@@ -86,7 +100,7 @@ def fits(config: RunConfig, facts: ClusterFacts, change: Change) -> bool:
     except ConfigError:  # degrees or batch that do not divide
         return False
     needed, _, gpu_bytes = _needs(plan)
-    return needed.total <= memory.usable(gpu_bytes)
+    return needed.total * excess <= memory.usable(gpu_bytes)
 
 
 def _needs(plan: RunPlan) -> tuple[memory.Memory, str, float]:
@@ -96,11 +110,10 @@ def _needs(plan: RunPlan) -> tuple[memory.Memory, str, float]:
     return memory.predict(plan.config, plan.world, bucket, plan.recompute), gpu, gpu_bytes
 
 
-def _lighter_policy(config: RunConfig, facts: ClusterFacts) -> str | None:
-    """Of the words below an explicit one, the first that fits."""
-    name = config.train.activation_checkpointing
-    below = () if name == "auto" else CHECKPOINTING[CHECKPOINTING.index(name) + 1 :]
-    return next((word for word in below if fits(config, facts, {"train.activation_checkpointing": word})), None)
+def _lighter_policy(config: RunConfig, facts: ClusterFacts, excess: float = 1.0) -> str | None:
+    """Of the words below the present one, the first that fits."""
+    below = CHECKPOINTING[CHECKPOINTING.index(config.train.activation_checkpointing) + 1 :]
+    return next((word for word in below if fits(config, facts, {"train.activation_checkpointing": word}, excess)), None)
 
 
 def _changed(config: RunConfig, change: Change) -> RunConfig:
@@ -169,6 +182,15 @@ def _lighter_training(config: RunConfig, facts: ClusterFacts) -> Sequence[Iterab
         [{"optimizer.kind": "adamw_bf16"}] if config.optimizer.kind in ("adamw", "adamw_schedulefree") else []
     )
     return [_degrees(config, change) for change in (*kinds, {"adapter": "lora"})]
+
+
+def _lighter_base(config: RunConfig, facts: ClusterFacts) -> Sequence[Iterable[Change]]:
+    """An adapter's frozen weights in the host's memory, or in a byte each."""
+    if config.adapter != "lora":
+        return []
+    streamed: Change = {} if config.train.stream_weights else {"train.stream_weights": True}
+    rounded: Change = {} if config.lora.base_dtype else {"lora.base_dtype": "int8"}
+    return [[change for change in (streamed, rounded, streamed | rounded) if change]]
 
 
 def _smaller_clips(config: RunConfig, facts: ClusterFacts) -> Sequence[Iterable[Change]]:

@@ -48,12 +48,23 @@ def plan_run(config: RunConfig) -> RunPlan:
     if not only_planning:
         pretrained.check(config)
         pretrained.check_clip(config)
+        for uri in config.validation.images:
+            storage.check_readable("validation.images", uri)
     encoder = pretrained.encoder_identity(config) if config.crepa.enabled else None
-    plan = make_plan(config, facts, _identity(config, only_planning), encoder)
+    plan = make_plan(config, facts, _identity(config, only_planning), encoder, _lora_identity(config))
     fit.check(config, facts)
     if plan.tracking_uri:
         return plan
     return dataclasses.replace(plan, tracking_uri=default_tracking_uri(storage.normalise(config.storage.root)))
+
+
+def _lora_identity(config: RunConfig) -> str:
+    if config.adapter != "lora" or config.lora.init_from is None:
+        return ""
+    from k5dist.model import lora_files
+
+    lora_files.check(config.lora, config.model)
+    return lora_files.identity(config.lora)
 
 
 def _identity(config: RunConfig, only_planning: bool) -> str:

@@ -16,13 +16,13 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from k5dist import estimate
+from k5dist import estimate, states
 from k5dist.config import ModelConfig, RunConfig
 from k5dist.estimate import GIB, MIB, Recompute
 from k5dist.shapes import NABLA_BLOCK, Bucket
+from k5dist.states import FP32
 from k5dist.world import World
 
-FP32 = 4  # bytes
 # Share of the card that a plan leaves free: the allocator's fragmentation, cuBLAS and cuDNN workspaces, NCCL's buffers
 # beyond RUNTIME_BYTES. An assumption; to be set from measured peaks.
 MARGIN = 0.08
@@ -31,19 +31,6 @@ LEAST_MARGIN = 2 * GIB
 # CUDA's context, its loaded kernels and NCCL's channels: 1 to 1.5 GiB as nvidia-smi shows them on H200. Torch's
 # allocator does not count them.
 RUNTIME_BYTES = 1.25 * GIB
-
-# Bytes of a trained weight and of its gradient where not fp32; the modules that stay in fp32 keep theirs so.
-WEIGHT_BYTES = {"adamw_bf16": 2}
-# Bytes of what an optimiser keeps of a weight: two moments; z and a moment; four tensors; two codes with a scale a
-# block of 256. Muon keeps one moment of the blocks' matrices, Adafactor rows and columns.
-STATE_BYTES = {"adamw": 2 * FP32, "adamw_bf16": 2 * 2, "adamw_schedulefree": 2 * FP32, "prodigy": 4 * FP32}
-STATE_BYTES |= {"adamw_8bit": 2 * (1 + FP32 / 256), "muon": FP32}
-
-# FSDP2 holds the block at work and the one it prefetches whole, also where there is but one shard. Full fine-tuning
-# adds the unsharded gradients of up to two blocks, in the compute type, and the fp32 input of one reduce-scatter.
-GATHERED_BLOCKS = 2
-GRADIENT_BLOCKS = 2
-REDUCED_BLOCKS = 1
 
 # Units that one block's backward needs at its peak beyond what it keeps, recomputed activations included, by what it
 # recomputes. Measured on H200 with eight blocks of Pro, 121×512×768, compiled: the peaks less weights, states, gathered
@@ -101,13 +88,6 @@ class Memory:
         return self.total - self.runtime
 
 
-def trainable_parameters(config: RunConfig) -> int:
-    head = estimate.crepa_parameters(config)
-    if config.adapter == "full":
-        return estimate.parameters(config.model) + head
-    return estimate.lora_parameters(config.model, config.lora.rank, config.lora.targets) + head
-
-
 def predict(config: RunConfig, world: World, bucket: Bucket, recompute: Recompute) -> Memory:
     """Memory of a worker at the fullest moment of a backward over a clip of `bucket`, keeping what `recompute` says."""
     moments = [_moment(config, world, bucket, recompute, block) for block in _turning_points(config, recompute)]
@@ -137,10 +117,10 @@ def _moment(config: RunConfig, world: World, bucket: Bucket, recompute: Recomput
     latents = math.prod(bucket.latent_shape) * model.out_visual_dim * FP32
     tables = ROPE_TABLES * _own_tokens(world, bucket.tokens) * model.head_dim * FP32
     return Memory(
-        weights=_weights(config, world),
-        gradients=_gradients(config, world, model.num_visual_blocks - 1 - block),
-        optimizer=_state_bytes(config) / world.weight_shards,
-        gathered=_gathered(config, world),
+        weights=states.weights(config, world),
+        gradients=states.gradients(config, world, model.num_visual_blocks - 1 - block),
+        optimizer=states.state_bytes(config) / world.weight_shards,
+        gathered=states.gathered(config, world),
         kept=kept,
         working=working,
         sparse=_sparse(model, world, tokens),
@@ -219,11 +199,6 @@ def usable(limit: float) -> float:
     return limit - max(MARGIN * limit, LEAST_MARGIN)
 
 
-def _element(config: RunConfig, world: World) -> int:
-    """Bytes of the compute type. (On a CPU bf16 operations work in fp32.)"""
-    return 2 if config.train.precision == "bf16" and world.device == "cuda" else FP32
-
-
 def _eager_factor(config: RunConfig, world: World) -> float:
     return 1 if config.train.compile and world.device == "cuda" else EAGER_FACTOR
 
@@ -238,70 +213,7 @@ def _own_tokens(world: World, tokens: int) -> int:
 
 
 def _unit(config: RunConfig, world: World, tokens: int) -> int:
-    return _own_tokens(world, tokens) * config.model.model_dim * _element(config, world)
-
-
-def _trained_bytes(config: RunConfig) -> int:
-    """One number for each trained weight, in the type that the optimiser works in."""
-    exact = estimate.exact_parameters(config.model) if config.adapter == "full" else 0
-    return (trainable_parameters(config) - exact) * WEIGHT_BYTES.get(config.optimizer.kind, FP32) + exact * FP32
-
-
-def _state_bytes(config: RunConfig) -> float:
-    """What the optimiser keeps, and an average of the weights where it lies on the device."""
-    count, kind = trainable_parameters(config), config.optimizer.kind
-    exact = estimate.exact_parameters(config.model) if config.adapter == "full" else 0
-    average = count * FP32 if config.ema.enabled and config.ema.device == "device" else 0
-    if kind == "adafactor":  # a row's and a column's mean for each of a matrix's, by its shorter side
-        shorter = config.model.model_dim if config.adapter == "full" else config.lora.rank
-        return count * 2 * FP32 / shorter + average
-    if kind in ("adamw_bf16", "muon"):  # these differ in the modules that stay in fp32: modulations for the most part
-        return (count - exact) * STATE_BYTES[kind] + exact * 2 * FP32 + average
-    return count * STATE_BYTES[kind] + average
-
-
-def _weights(config: RunConfig, world: World) -> float:
-    """A frozen base lies in the compute type, but for what stays in fp32."""
-    whole = _trained_bytes(config)
-    if config.adapter != "full":
-        model = config.model
-        base, exact = estimate.parameters(model), estimate.exact_parameters(model)
-        if config.train.stream_weights:  # those of two blocks are there: `gathered` has them
-            base -= model.num_visual_blocks * estimate.visual_block_parameters(model)
-            exact -= model.num_visual_blocks * estimate.visual_block_exact_parameters(model)
-        whole += (base - exact) * _element(config, world) + exact * FP32
-    return whole / world.weight_shards
-
-
-def _gradients(config: RunConfig, world: World, blocks: int) -> float:
-    """Shards, when the backward is through with `blocks` visual blocks.
-
-    An adapter's are summed up whole over a step's clips and reduced with the last of them; with a second clip those of
-    all weights are there from its beginning on.
-    """
-    whole = _trained_bytes(config)
-    batch = config.train.batch_size
-    accumulates = batch is None or batch > world.data_parallel
-    if config.adapter != "full":
-        return whole / world.weight_shards + (whole if accumulates else 0)
-    if accumulates:
-        return whole / world.weight_shards
-    size, exact = estimate.visual_block_parameters(config.model), estimate.visual_block_exact_parameters(config.model)
-    return (
-        blocks * ((size - exact) * WEIGHT_BYTES.get(config.optimizer.kind, FP32) + exact * FP32) / world.weight_shards
-    )
-
-
-def _gathered(config: RunConfig, world: World) -> float:
-    """Unsharded copies: blocks in turn, and the root's few weights all the time."""
-    model, element = config.model, _element(config, world)
-    block, block_exact = estimate.visual_block_parameters(model), estimate.visual_block_exact_parameters(model)
-    root, root_exact = estimate.root_parameters(model), estimate.root_exact_parameters(model)
-    size = GATHERED_BLOCKS * (element * (block - block_exact) + FP32 * block_exact)
-    size += element * (root - root_exact) + FP32 * root_exact
-    if config.adapter == "full":
-        size += GRADIENT_BLOCKS * block * element + REDUCED_BLOCKS * block * FP32
-    return size
+    return _own_tokens(world, tokens) * config.model.model_dim * states.element(config, world)
 
 
 def _kept(config: RunConfig, world: World, bucket: Bucket, recompute: Recompute, last: int) -> float:
@@ -330,7 +242,7 @@ def _kept_by(config: RunConfig, world: World, tokens: int, policy: str) -> float
         lse_and_map += heads * side * math.ceil(side / MAP_WORD) * 4
     if policy == "attention":
         return unit + ATTENTION_UNITS * unit + lse_and_map
-    ff = KEPT_FF * _own_tokens(world, tokens) * model.ff_dim * _element(config, world)
+    ff = KEPT_FF * _own_tokens(world, tokens) * model.ff_dim * states.element(config, world)
     return unit + (KEPT_UNITS[config.adapter] * unit + ff) * _eager_factor(config, world) + lse_and_map
 
 

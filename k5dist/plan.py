@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from k5dist import estimate, memory, storage
+from k5dist import estimate, memory, states, storage
 from k5dist.config import ConfigError, RunConfig
 from k5dist.datasets import DatasetConfig
 from k5dist.estimate import GIB, Recompute
@@ -23,9 +23,10 @@ from k5dist.pools import Pools, settle_pools
 from k5dist.shapes import Bucket
 from k5dist.world import ClusterFacts, World, make_world
 
-SCHEMA_VERSION = 6  # of plan.json
+SCHEMA_VERSION = 7  # of plan.json
 ENCODING_VERSION = 2  # raise when equal settings give another cache
 DEFAULT_BATCH = 8
+_OFF = (None, False, "", "all")  # options of adapters that are not used
 
 
 @dataclass(frozen=True)
@@ -92,19 +93,27 @@ class RunPlan:
 
 
 def make_plan(
-    config: RunConfig, facts: ClusterFacts, pretrained_identity: str, encoder_identity: str | None = None
+    config: RunConfig,
+    facts: ClusterFacts,
+    pretrained_identity: str,
+    encoder_identity: str | None = None,
+    lora_identity: str = "",
 ) -> RunPlan:
     """Derive the plan.
 
     `pretrained_identity` stands for the checkpoint's content: a hub id, a digest, or the generator's
-    version. `encoder_identity` does so for CREPA's vision encoder; its name where it is not given.
+    version. `encoder_identity` does so for CREPA's vision encoder; its name where it is not given. `lora_identity` does
+    so for the LoRA that adapters start from.
 
     Raises:
         ConfigError: where degrees, world size and batch do not fit together.
     """
     world = make_world(config, facts)
+    if config.lora.base_dtype == "float8" and estimate.lacks_float8(world.gpu_name):
+        rule = f"{world.gpu_name} has no float8 numbers (Ada, Hopper and later have)"
+        raise ConfigError("lora.base_dtype", "float8", rule, "lora.base_dtype=int8")
     settle_pools(config.precache, world)  # refuses what the cluster cannot hold
-    config = _with_batch(_with_absolute_sources(config), world.data_parallel)
+    config = _with_batch(_with_absolute_sources(config, lora_identity), world.data_parallel)
     assert config.train.batch_size is not None
     if config.train.batch_size % world.data_parallel:
         degree = world.data_parallel
@@ -114,7 +123,8 @@ def make_plan(
     buckets = tuple(dict.fromkeys(b for dataset in config.datasets for b in dataset.buckets(config.side_unit)))
     cache_fingerprint = _fingerprint(_cache_identity(config, pretrained_identity))
     features_id = _features_id(config, encoder_identity or config.crepa.encoder)
-    run_fingerprint = _fingerprint({"cache": cache_fingerprint, **_run_identity(config, features_id)})
+    identity = _run_identity(config, features_id, lora_identity)
+    run_fingerprint = _fingerprint({"cache": cache_fingerprint, **identity})
     root = storage.normalise(config.storage.root)
     name = config.name or f"{config.flavour.name}-{run_fingerprint}"
     return RunPlan(
@@ -134,12 +144,22 @@ def make_plan(
     )
 
 
-def _with_absolute_sources(config: RunConfig) -> RunConfig:
+def _with_absolute_sources(config: RunConfig, lora_identity: str) -> RunConfig:
     """Workers have other working folders than the person who typed a relative path."""
     data = config.data
     source = data.source and storage.stable_name(data.source)
     named = {name: {**entry, "source": storage.stable_name(entry["source"])} for name, entry in data.datasets.items()}
-    return dataclasses.replace(config, data=dataclasses.replace(data, source=source, datasets=named))
+    lora = config.lora
+    is_place = lora.init_from is not None and not lora_identity.startswith("hub:")
+    init_from = storage.stable_name(lora.init_from) if is_place and lora.init_from else lora.init_from
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(data, source=source, datasets=named),
+        lora=dataclasses.replace(lora, init_from=init_from),
+        validation=dataclasses.replace(
+            config.validation, images=tuple(storage.stable_name(uri) for uri in config.validation.images)
+        ),
+    )
 
 
 def _checkpoint_uri(config: RunConfig, identity: str) -> str:
@@ -175,12 +195,16 @@ def _features_id(config: RunConfig, encoder_identity: str) -> str:
     return _fingerprint({"schema": 1, "encoder": encoder_identity, "size": config.crepa.encoder_size})
 
 
-def _run_identity(config: RunConfig, features_id: str) -> dict[str, Any]:
+def _run_identity(config: RunConfig, features_id: str, lora_identity: str) -> dict[str, Any]:
     everything = config.to_mapping()
+    everything["lora"]["init_from"] = lora_identity  # what it is, not where it lies
+    everything["lora"] = {key: value for key, value in everything["lora"].items() if value not in _OFF}
     keys = ("model", "adapter", "lora", "train", "optimizer")
     # These change how fast a step is, not what it computes (but for rounding).
     speed = ("activation_checkpointing", "offload_gib", "stream_weights", "gpu_memory_gib", "compile", "attention")
     train = {key: value for key, value in everything["train"].items() if key not in speed}
+    if not train["first_frame_dropout"]:
+        del train["first_frame_dropout"]
     # What is off is not in it: a run keeps its fingerprint when a release brings another method.
     routes = config.tread.resolve(config.model.num_visual_blocks)
     methods: dict[str, Any] = {"tread": [dataclasses.astuple(route) for route in routes]} if routes else {}
@@ -262,7 +286,7 @@ def estimates(plan: RunPlan) -> Estimates:
         cache += estimate.feature_cache_bytes(config.crepa, bucket)
     return Estimates(
         parameters=estimate.parameters(model),
-        trainable=memory.trainable_parameters(config),
+        trainable=states.trainable_parameters(config),
         memory=needed,
         memory_note=_memory_note(needed.total, gpu_bytes) if world.device == "cuda" else None,
         gpu=gpu,

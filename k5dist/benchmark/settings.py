@@ -21,6 +21,10 @@ _ROLLOUT = ("rollout.probability=1", "rollout.start_step=0", "rollout.ramp_steps
 METHODS: dict[str, tuple[str, ...]] = {
     PLAIN: (),
     "lora_ffn": ("lora.targets=attention+ffn",),
+    "lora_dropout": ("lora.dropout=0.1",),
+    "dora": ("lora.use_dora=true",),
+    "base_int8": ("lora.base_dtype=int8",),
+    "base_float8": ("lora.base_dtype=float8",),
     "tread_half": ("tread.routes=[{selection_ratio:0.5,start_layer_idx:2,end_layer_idx:-2}]",),
     "crepa": ("crepa.enabled=true", "crepa.block_index=1"),
     "rollout_one_step": (*_ROLLOUT, "rollout.max_steps=1"),

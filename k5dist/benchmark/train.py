@@ -29,11 +29,13 @@ from k5dist.benchmark.density import measured_density
 from k5dist.benchmark.load import time_loading
 from k5dist.benchmark.settings import Benchmark
 from k5dist.benchmark.shares import device_work, longest_kernels, operator_shares, shares_of
+from k5dist.cache.keys import seed_of
 from k5dist.config import RunConfig, TreadConfig
 from k5dist.console import say
 from k5dist.estimate import GIB, clip_flops, gpu_facts
 from k5dist.model.dit import VideoTransformer
 from k5dist.model.forward import Text
+from k5dist.model.quantised import quantised_layers
 from k5dist.model.transformer import adapt, add_head, allocate
 from k5dist.model.weights import fill_shard, is_adapter
 from k5dist.train.ema import Ema
@@ -147,8 +149,16 @@ def randomise(transformer: nn.Module, device: torch.device) -> None:
 
     Drawn whole and cut, so that every number of shards has the same ones.
     """
+    quantised = quantised_layers(transformer)
+    for path, layer in quantised.items():
+        generator = torch.Generator(device).manual_seed(seed_of(path))
+        whole = torch.empty(layer.out_features, layer.in_features, device=device)
+        whole.normal_(0.0, 0.02, generator=generator)
+        layer.fill(lambda first, count, whole=whole: whole[first : first + count], fill_shard)
     for at, (name, parameter) in enumerate(transformer.named_parameters()):
-        if parameter.ndim == 1 and "norm" in name and name.endswith("weight"):
+        if name.rpartition(".")[0] in quantised and not name.endswith(".bias"):
+            continue
+        if (parameter.ndim == 1 and "norm" in name and name.endswith("weight")) or ".lora_magnitude_vector." in name:
             parameter.fill_(1.0)
         elif parameter.ndim == 1 or (is_adapter(name) and ".lora_B." in name):
             parameter.zero_()

@@ -79,6 +79,11 @@ class TextEncoding:
         return key_of({"template": self.template, "start": self.start, "max_tokens": self.max_tokens})[:16]
 
 
+def image_uri(run_uri: str, at: int) -> str:
+    """Where the latents of `validation.images[at]` lie, in the run's folder."""
+    return storage.join(run_uri, "images", f"{at:02d}.safetensors")
+
+
 def caption_key(caption: str) -> str:
     return key_of({"caption": caption})
 

@@ -313,18 +313,16 @@ def _mean_figures(items: list[dict[str, dict[str, float]]]) -> dict[str, float]:
 
 
 def _export(plan: RunPlan, tracked: TrackedRun) -> list[tuple[str, str]]:
-    from k5dist.export import export_run
+    from k5dist.export import LORA_FILE, export_run
 
     gpus = 1 if plan.world.device == "cuda" else 0
     report = ray.get(ray.remote(num_cpus=1, num_gpus=gpus)(export_run).remote(plan))
     tracked.log_text(json.dumps(asdict(report), indent=2), "export.json")
     if plan.config.adapter == "lora":
         with tempfile.TemporaryDirectory(prefix="k5dist-driver-") as folder:
-            for name in report.files:
-                if name.endswith(".safetensors"):
-                    local = Path(folder) / name
-                    local.write_bytes(storage.read_bytes(storage.join(report.uri, name)))
-                    tracked.log_artifact(local, "export")
+            local = Path(folder) / LORA_FILE
+            local.write_bytes(storage.read_bytes(storage.join(report.uri, LORA_FILE)))
+            tracked.log_artifact(local, "export")
     metrics = {"export/error": report.error, "export/difference_to_base": report.difference_to_base}
     tracked.log_metrics(metrics, report.step)
     verified = f"verified: error {report.error:.1e} against the trained model, {report.difference_to_base:.1e} without"

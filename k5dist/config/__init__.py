@@ -8,7 +8,8 @@ from k5dist.config.cluster import ClusterConfig, ParallelConfig, StorageConfig, 
 from k5dist.config.crepa import CrepaConfig
 from k5dist.config.export import ExportConfig
 from k5dist.config.kubernetes import KubernetesConfig
-from k5dist.config.model import FlavourConfig, LoraConfig, ModelConfig
+from k5dist.config.lora import BLOCK_LAYERS, LoraConfig
+from k5dist.config.model import FlavourConfig, ModelConfig
 from k5dist.config.optimizer import OPTIMIZERS, EmaConfig, OptimizerConfig
 from k5dist.config.precache import PrecacheConfig
 from k5dist.config.rollout import RolloutConfig
@@ -21,6 +22,7 @@ from k5dist.schema import ConfigError, nearest
 from k5dist.shapes import NABLA_BLOCK, PATCH, VAE_SPACE_COMPRESSION, VAE_TIME_COMPRESSION
 
 __all__ = [
+    "BLOCK_LAYERS",
     "CHECKPOINTING",
     "NABLA_BLOCK",  # with those constants of shapes that the model reads from here
     "OPTIMIZERS",

@@ -1,10 +1,10 @@
-"""What is trained: flavour, architecture, adapter."""
+"""What is trained: flavour and architecture."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from k5dist.schema import one_of, positive
+from k5dist.schema import one_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,15 +53,3 @@ class ModelConfig:
     @property
     def is_sparse(self) -> bool:
         return self.attention_type == "nabla"
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraConfig:
-    rank: int
-    alpha: float
-    targets: str
-
-    def __post_init__(self) -> None:
-        positive("lora.rank", self.rank)
-        positive("lora.alpha", self.alpha)
-        one_of("lora.targets", self.targets, ("attention", "attention+ffn"))

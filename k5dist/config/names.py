@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from k5dist.config.lora import LoraConfig
 from k5dist.config.model import ModelConfig
 
 _EMBEDDINGS = ("time_embeddings.in_layer", "time_embeddings.out_layer", "text_embeddings.in_layer")
@@ -27,12 +28,12 @@ def weight_names(model: ModelConfig) -> Iterator[str]:
         yield from (f"{block}.feed_forward.{name}.weight" for name in ("in_layer", "out_layer"))
 
 
-def adapter_names(model: ModelConfig) -> Iterator[str]:
-    """Those that adapters can have, on every layer of the blocks that may get one."""
-    for block, attentions in _blocks(model):
-        layers = [f"{attention}.{name}" for attention in attentions for name in _PROJECTIONS]
-        layers += ["feed_forward.in_layer", "feed_forward.out_layer"]
-        yield from (f"{block}.{layer}.{end}" for layer in layers for end in _ADAPTERS)
+def adapter_names(model: ModelConfig, lora: LoraConfig) -> Iterator[str]:
+    """All of the adapters'."""
+    ends = _ADAPTERS if lora.use_dora else _ADAPTERS[:2]
+    for block, _ in _blocks(model):
+        layers = lora.layers.get(block.partition("_")[0], ())
+        yield from (f"{block}.{layer}.{end}" for layer in layers for end in ends)
 
 
 def _blocks(model: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:

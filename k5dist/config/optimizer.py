@@ -100,7 +100,7 @@ class OptimizerConfig:
 def _rule(key: str, group: Mapping[str, Any]) -> GroupRule:
     check_names(group, _GROUP_KEYS, f"{key}.")
     match, scale, decay = group.get("match"), group.get("lr_scale", 1.0), group.get("weight_decay")
-    fix = "optimizer.groups=[{match:feed_forward,lr_scale:0.1}]"
+    fix = "optimizer.groups=[{match:self_attention,lr_scale:0.1}]"
     try:
         re.compile(match or "(")
     except (re.error, TypeError) as error:

@@ -10,7 +10,8 @@ from k5dist.config.cluster import ClusterConfig, ParallelConfig, StorageConfig, 
 from k5dist.config.crepa import CrepaConfig
 from k5dist.config.export import ExportConfig
 from k5dist.config.kubernetes import KubernetesConfig
-from k5dist.config.model import FlavourConfig, LoraConfig, ModelConfig
+from k5dist.config.lora import LoraConfig
+from k5dist.config.model import FlavourConfig, ModelConfig
 from k5dist.config.names import adapter_names, weight_names
 from k5dist.config.optimizer import EmaConfig, OptimizerConfig
 from k5dist.config.precache import PrecacheConfig
@@ -76,10 +77,13 @@ class RunConfig:
         self._check_no_credentials()
         one_of("adapter", self.adapter, ("lora", "full"))
         one_of("resume", self.resume, ("auto", "never"))
+        self._check_lora()
+        self._check_first_frames()
         if self.pretrained == "???":
             rule = f"flavour {self.flavour.name} names no public repository"
             raise ConfigError("pretrained", None, rule, "pretrained=<hub id, local folder or s3:// URI>")
-        self.optimizer.check_names((weight_names if self.adapter == "full" else adapter_names)(self.model))
+        full = self.adapter == "full"
+        self.optimizer.check_names(weight_names(self.model) if full else adapter_names(self.model, self.lora))
         self._check_weights()
         if self.model.is_sparse:
             self._check_nabla()
@@ -139,11 +143,50 @@ class RunConfig:
             rule = "image-to-video learns the frames after the first: samples need more than one"
             raise ConfigError(dataset.key(name), getattr(dataset, name), rule, f"{dataset.key(name)}=17")
 
+    def _check_lora(self) -> None:
+        """Of adapters what hangs on the rest."""
+        off = {"init_from": "null", "base_dtype": "null", "dropout": "0", "use_rslora": "false", "use_dora": "false"}
+        for name, nothing in off.items():
+            value = getattr(self.lora, name)
+            if self.adapter == "full" and value:
+                rule = "a full fine-tune has no adapter, and no frozen weights"
+                raise ConfigError(f"lora.{name}", value, rule, f"adapter=lora or lora.{name}={nothing}")
+        if self.adapter == "full" and self.export.merge:
+            rule = "a full fine-tune is exported whole, there is nothing to merge"
+            raise ConfigError("export.merge", True, rule, "adapter=lora or export.merge=false")
+        if self.lora.base_dtype is not None and self.train.float8:
+            rule = "train.float8 multiplies weights that are stored in bf16"
+            raise ConfigError("lora.base_dtype", self.lora.base_dtype, rule, "one of lora.base_dtype and train.float8")
+
+    def _check_first_frames(self) -> None:
+        """What only image-to-video has."""
+        validation = self.validation
+        if self.flavour.task != "i2v":
+            for key, value in (
+                ("train.first_frame_dropout", self.train.first_frame_dropout),
+                ("validation.images", list(validation.images)),
+            ):
+                if value:
+                    off = "[]" if key == "validation.images" else "0"
+                    rule = "only image-to-video is given a first frame"
+                    raise ConfigError(key, value, rule, f"{key}={off}, or an i2v flavour")
+            return
+        if validation.images and len(validation.images) != len(validation.prompts):
+            rule = f"one image for each of the {len(validation.prompts)} validation.prompts, in their order"
+            raise ConfigError("validation.images", list(validation.images), rule, "as many of both, or no images")
+        sides = self.validation_shape[1:]
+        if validation.prompts and not validation.images and sides not in self.resolutions:
+            rule = "without validation.images videos begin with cached clips' first frames: sides of one of the buckets"
+            fix = f"validation.resolution=[{','.join(map(str, self.resolutions[0]))}], or set validation.images"
+            raise ConfigError("validation.resolution", list(sides), rule, fix)
+
     def _check_no_credentials(self) -> None:
         """Configurations are stored and shown: a login in a URI would be, too."""
         uris = {"storage.root": self.storage.root, "tracking.uri": self.tracking.uri, "data.source": self.data.source}
         uris |= {dataset.key("source"): dataset.source for dataset in self.datasets}
+        uris |= {f"validation.images[{at}]": uri for at, uri in enumerate(self.validation.images)}
         uris |= {"pretrained": self.pretrained, "validation.clip_model": self.validation.clip_model}
+        uris |= {"lora.init_from": self.lora.init_from}
         for key, uri in uris.items():
             scheme, separator, rest = (uri or "").partition("://")
             authority = rest.split("/", 1)[0]

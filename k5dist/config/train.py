@@ -39,6 +39,7 @@ class TrainConfig:
     loss_weighting: str
     min_snr_gamma: float
     mask_background: float
+    first_frame_dropout: float
 
     def __post_init__(self) -> None:
         positive("train.steps", self.steps)
@@ -60,6 +61,9 @@ class TrainConfig:
         if not 0 <= self.caption_dropout <= 1:
             rule = "a probability, 0 ≤ p ≤ 1"
             raise ConfigError("train.caption_dropout", self.caption_dropout, rule, "train.caption_dropout=0.1")
+        if not 0 <= self.first_frame_dropout <= 1:
+            rule, fix = "a probability, 0 ≤ p ≤ 1", "train.first_frame_dropout=0.2"
+            raise ConfigError("train.first_frame_dropout", self.first_frame_dropout, rule, fix)
         self._check_timesteps()
         one_of("train.unconditional", self.unconditional, ("empty", "negative"))
         one_of("train.loss", self.loss, ("mse", "huber"))

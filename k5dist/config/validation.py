@@ -14,6 +14,7 @@ COMPARED = ("base", "ema")  # from left to right beside the trained model: befor
 @dataclasses.dataclass(frozen=True)
 class ValidationConfig:
     prompts: tuple[str, ...]
+    images: tuple[str, ...]
     negative_prompt: str
     every: int
     guidance: float

@@ -51,7 +51,7 @@ def run_block(recompute: str, compute: Callable[..., Tensor], *args: Any) -> Ten
     """Call `compute(*args)`, keeping for its backward what the policy says ("none" recomputes nothing)."""
     if recompute == "none":
         return compute(*args)
-    # The blocks draw no random numbers, so no generator's state need be restored.
+    # The blocks draw from no generator (an adapter's dropout is keyed), so none's state need be restored.
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if recompute in _POLICIES:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _POLICIES[recompute])

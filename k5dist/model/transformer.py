@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 
-from k5dist.cache.keys import seed_of
 from k5dist.config import CrepaConfig, LoraConfig, ModelConfig
 from k5dist.model.crepa import CrepaHead
 from k5dist.model.dit import FP32_MODULES, VideoTransformer
+from k5dist.model.lora import initialise_trained, inject
+from k5dist.model.lora_files import read_adapters
 from k5dist.model.pretrained import check_architecture, component_uri, read_config
+from k5dist.model.quantised import check_device, quantise_blocks
 from k5dist.model.weight_stream import WeightStream
-from k5dist.model.weights import HEAD, fill_shard, is_adapter, load_weights
+from k5dist.model.weights import is_adapter, load_weights
 
 Model = TypeVar("Model", bound=nn.Module)
-
-_ATTENTION = r"(self_attention|cross_attention)\.(to_query|to_key|to_value|out_layer)"
-_FFN = r"feed_forward\.(in_layer|out_layer)"
-# By suffix alone `out_layer` would also hit the model's own output layer and every modulation.
-LORA_TARGETS = {
-    "attention": rf"(text|visual)_transformer_blocks\.\d+\.{_ATTENTION}",
-    "attention+ffn": rf"(text|visual)_transformer_blocks\.\d+\.({_ATTENTION}|{_FFN})",
-}
 
 
 def build_transformer(
@@ -41,8 +34,9 @@ def build_transformer(
 ) -> VideoTransformer:
     """The DiT of a diffusers checkpoint with parameters on the meta device (buffers are real).
 
-    With `lora`, the base is frozen and stored in `dtype`, and the adapters in `trained`; without, every weight is
-    trainable and stored in `trained`. Time embedding and modulation are fp32 always, as diffusers keeps them.
+    With `lora`, the base is frozen and stored in `dtype` (its blocks' linear layers in `lora.base_dtype`), and the
+    adapters in `trained`; without, every weight is trainable and stored in `trained`. Time embedding and modulation are
+    fp32 always, as diffusers keeps them.
     """
     check_architecture(model, read_config(pretrained, "transformer"))
     with torch.device("meta"):
@@ -67,20 +61,13 @@ def adapt(transformer: Model, lora: LoraConfig | None, frozen: torch.dtype, trai
         fp32 = any(part in FP32_MODULES for part in name.split("."))
         parameter.data = parameter.data.to(torch.float32 if fp32 else trained if lora is None else frozen)
     if lora is not None:
-        from peft import inject_adapter_in_model
-
-        inject_adapter_in_model(peft_config(lora), transformer)
+        inject(transformer, lora)
         for name, parameter in transformer.named_parameters():
             if is_adapter(name):
                 parameter.data = parameter.data.to(trained)
+        if lora.base_dtype:
+            quantise_blocks(transformer, lora.base_dtype)
     return transformer
-
-
-def peft_config(lora: LoraConfig) -> Any:
-    from peft import LoraConfig as PeftLoraConfig
-
-    alpha: Any = lora.alpha  # PEFT's annotation says int, its arithmetic takes any number
-    return PeftLoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=LORA_TARGETS[lora.targets])
 
 
 @contextlib.contextmanager
@@ -99,11 +86,20 @@ def adapters_off(transformer: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def materialise(transformer: nn.Module, pretrained: str, *, device: torch.device, seed: int) -> None:
-    """Allocate the (sharded) parameters on `device` and fill them: base from the checkpoint, adapters from `seed`."""
+def materialise(
+    transformer: nn.Module,
+    pretrained: str,
+    *,
+    device: torch.device,
+    seed: int,
+    lora: LoraConfig | None = None,
+) -> None:
+    """Allocate the (sharded) parameters on `device` and fill them: base from the checkpoint, adapters from
+    `lora.init_from` or `seed`."""
+    check_device(transformer, device)
     stream = allocate(transformer, device)
     load_weights(transformer, component_uri(pretrained, "transformer"))
-    _initialise_adapters(transformer, seed)
+    initialise_trained(transformer, seed, None if lora is None else read_adapters(lora, transformer))
     if stream is not None:
         stream.start()
 
@@ -123,19 +119,3 @@ def allocate(transformer: nn.Module, device: torch.device) -> WeightStream | Non
     if stream is not None:
         stream.allocate()
     return stream
-
-
-def _initialise_adapters(transformer: nn.Module, seed: int) -> None:
-    """LoRA's usual start (A uniform in ±1/√in, B zero), and for a projection head's matrices and biases the same.
-
-    Drawn whole by name: alike for every number of shards.
-    """
-    for name, parameter in transformer.named_parameters():
-        if not is_adapter(name) and not name.startswith(HEAD):
-            continue
-        whole = torch.zeros(parameter.shape)
-        if ".lora_A." in name or (name.startswith(HEAD) and parameter.ndim == 2):
-            generator = torch.Generator().manual_seed(seed_of(seed, name))
-            bound = 1 / math.sqrt(parameter.shape[1])
-            whole.uniform_(-bound, bound, generator=generator)
-        fill_shard(parameter, lambda first, count, whole=whole: whole[first : first + count])

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from k5dist import storage
+from k5dist.model.quantised import QuantisedLinear, quantised_layers
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 _READERS = 8
@@ -51,14 +52,20 @@ def stored_tensors(folder_uri: str) -> dict[str, StoredTensor]:
         files = sorted(set(json.loads(storage.read_text(index))["weight_map"].values()))
     tensors: dict[str, StoredTensor] = {}
     for file in files:
-        uri = storage.join(folder_uri, file)
-        length = int.from_bytes(storage.read_bytes(uri, 0, 8), "little")
-        header = json.loads(storage.read_bytes(uri, 8, 8 + length))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                offset = 8 + length + entry["data_offsets"][0]
-                tensors[name] = StoredTensor(uri, _DTYPES[entry["dtype"]], tuple(entry["shape"]), offset)
+        tensors |= read_header(storage.join(folder_uri, file))[0]
     return tensors
+
+
+def read_header(uri: str) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of one safetensors file, and its metadata."""
+    length = int.from_bytes(storage.read_bytes(uri, 0, 8), "little")
+    header = json.loads(storage.read_bytes(uri, 8, 8 + length))
+    metadata = header.pop("__metadata__", {})
+    tensors = {
+        name: StoredTensor(uri, _DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
+    return tensors, metadata
 
 
 def checkpoint_name(name: str) -> str:
@@ -74,9 +81,10 @@ HEAD = "crepa_head."  # CREPA's projection head: trained and saved, in no checkp
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name in the checkpoint, parameter) of everything that a checkpoint holds."""
+    """(name in the checkpoint, parameter) of everything that a checkpoint holds, but for quantised weights."""
+    quantised = {f"{path}.{name}" for path in quantised_layers(model) for name in ("stored", "scale")}
     for name, parameter in model.named_parameters():
-        if not is_adapter(name) and not name.startswith(HEAD):
+        if not is_adapter(name) and not name.startswith(HEAD) and name not in quantised:
             yield checkpoint_name(name), parameter
 
 
@@ -87,16 +95,22 @@ def load_weights(model: nn.Module, folder_uri: str) -> None:
         ValueError: when a tensor is missing, left over, or of another shape.
     """
     stored = stored_tensors(folder_uri)
-    wanted = dict(base_parameters(model))
+    wanted: dict[str, nn.Parameter | QuantisedLinear] = dict(base_parameters(model))
+    wanted |= {checkpoint_name(f"{path}.weight"): layer for path, layer in quantised_layers(model).items()}
     missing, left_over = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
     if missing or left_over:
         raise ValueError(f"{folder_uri}: missing {missing[:5]}, unexpected {left_over[:5]}")
 
     def fill(name: str) -> None:
-        parameter, source = wanted[name], stored[name]
-        if tuple(parameter.shape) != source.shape:
-            raise ValueError(f"{folder_uri}: {name} is {source.shape}, the model wants {tuple(parameter.shape)}")
-        fill_shard(parameter, source.read_rows)
+        target, source = wanted[name], stored[name]
+        layer = target if isinstance(target, QuantisedLinear) else None
+        shape = (layer.out_features, layer.in_features) if layer else tuple(target.shape)  # type: ignore[union-attr]
+        if shape != source.shape:
+            raise ValueError(f"{folder_uri}: {name} is {source.shape}, the model wants {shape}")
+        if isinstance(target, QuantisedLinear):
+            target.fill(source.read_rows, fill_shard)
+        else:
+            fill_shard(target, source.read_rows)
 
     with ThreadPoolExecutor(_READERS) as pool, torch.no_grad():
         for done in [pool.submit(fill, name) for name in wanted]:

@@ -27,6 +27,7 @@ from k5dist.pools import Pool
 from k5dist.precache import stages, stream
 from k5dist.precache.attempts import Attempts
 from k5dist.precache.features import encode_features
+from k5dist.precache.images import encode_images
 from k5dist.precache.sources import Listing, read_datasets
 from k5dist.precache.summary import Busy, Failure, Summary, bucket_name, write_ledger
 from k5dist.retry import StorageUnavailable
@@ -92,6 +93,8 @@ def precache(plan: RunPlan, listing: Listing) -> Summary:
     try:
         _encode_captions(plan, encoding, _all_captions(plan, listing), summary)
         chosen = _encode_clips(plan, listing, summary)
+        if plan.config.validation.images:
+            ray.get(ray.remote(**_resources(plan.pools.vae))(encode_images).remote(plan, plan.world.device))
     except BaseException as error:
         if not isinstance(error, StorageUnavailable):  # the ledger would only wait for it once more
             _write_ledger(plan, listing, summary)

@@ -88,6 +88,10 @@ class Objective:
     def drops_caption(self, key: str, epoch: int) -> bool:
         return unit_interval(self.train.seed, epoch, key, "caption") < self.train.caption_dropout
 
+    def drops_first_frame(self, key: str, epoch: int) -> bool:
+        """Whether an image-to-video run sees the clip as text-to-video: mask 0, frame 0 noisy, loss over all frames."""
+        return unit_interval(self.train.seed, epoch, key, "first frame") < self.train.first_frame_dropout
+
     def training_loss(
         self,
         transformer: nn.Module,
@@ -104,10 +108,12 @@ class Objective:
         if rollout is not None:
             chosen = rollout_draw(*where) < rollout.chance and sigma >= rollout.min_sigma
             rollout = dataclasses.replace(rollout, chosen=chosen)
+        # A dropped first frame's tokens are kept all the same: a bucket's routes have one length, whatever is dropped.
         routing = Routing(self.routes, seed_of(*where, "tread"), self.first_frame) if self.routes else None
         error, alignment = self._error(
-            transformer, clip, text, sigma, where, draw=self.draw, rollout=rollout, routing=routing, align=True
-        )
+            transformer, clip, text, sigma, where, draw=self.draw, rollout=rollout, routing=routing, align=True,
+            first_frame=self.first_frame and not self.drops_first_frame(clip.key, epoch),
+        )  # fmt: skip
         loss = self._mean(self._of_error(error), clip) * loss_weight(self.train, sigma)
         return loss if alignment is None else loss - self.crepa_weight * alignment
 
@@ -117,7 +123,7 @@ class Objective:
         mean; whatever loss and weights are trained with, so that runs compare."""
         where = (self.train.seed, "validation", level, clip.key)
         sigma = self.sigma((level + 0.5) / levels, clip.tokens)
-        error, _ = self._error(transformer, clip, text, sigma, where, draw=False)
+        error, _ = self._error(transformer, clip, text, sigma, where, draw=False, first_frame=self.first_frame)
         return self._mean(error.square(), clip)
 
     def _of_error(self, error: Tensor) -> Tensor:
@@ -141,12 +147,12 @@ class Objective:
 
     def _error(
         self, transformer: nn.Module, clip: Clip, text: Text, sigma: float, where: tuple[object, ...], *, draw: bool,
-        rollout: Rollout | None = None, routing: Routing | None = None, align: bool = False,
+        first_frame: bool, rollout: Rollout | None = None, routing: Routing | None = None, align: bool = False,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         clean = self._latents(clip.mean_THWC, clip.logvar_THWC, (*where, "posterior") if draw else None)
         noise = self._noise(clean.shape, (*where, "noise"))
         noisy, target = (1 - sigma) * clean + sigma * noise, noise - clean
-        if self.first_frame:
+        if first_frame:
             assert clip.first_mean_1HWC is not None and clip.first_logvar_1HWC is not None
             first = (*where, "first") if draw else None
             noisy[:1] = self._latents(clip.first_mean_1HWC, clip.first_logvar_1HWC, first)
@@ -161,21 +167,19 @@ class Objective:
             # Filled, not copied: a copy from the host's ordinary memory would wait for all that the device has to do.
             timestep = torch.full((1,), TRAIN_TIMESTEPS * sigma, device=self.device, dtype=torch.float32)
             latents = noisy_THWC[None].to(self.dtype)
-            out, alignment = predict(
-                transformer, self.model, latents, self.first_frame, timestep, text, routing, features
-            )
+            out, alignment = predict(transformer, self.model, latents, first_frame, timestep, text, routing, features)
             return out[0].float(), alignment
 
+        free = 1 if first_frame else 0
         if rollout is not None:  # with forwards on every worker, whether its own clip is among those chosen or not
             sigmas = rollout.sigmas(sigma, self.shift_of(clip.tokens))
             start = (1 - sigmas[0]) * clean + sigmas[0] * noise
-            free = 1 if self.first_frame else 0
             start[:free] = noisy[:free]
             reached = roll_out(transformer, lambda x, s: forward(x, s, None, None)[0], start, sigmas, first=free)
             if rollout.chosen:
                 noisy, target = reached, (reached - clean) / sigma
         velocity, alignment = forward(noisy, sigma, routing, features)
-        return (velocity - target)[1 if self.first_frame else 0 :], alignment
+        return (velocity - target)[free:], alignment
 
     def _latents(self, mean: Tensor, logvar: Tensor, where: tuple[object, ...] | None) -> Tensor:
         """Scaled latents, fp32: a keyed draw of the posterior, or its mean where `where` is None."""

@@ -19,6 +19,7 @@ from k5dist.model.attention import prefer_flash
 from k5dist.model.context import ContextGroup
 from k5dist.model.dit import FP32_MODULES, VideoTransformer, VisualBlock
 from k5dist.model.float8 import use_float8
+from k5dist.model.lora import share_dropout
 from k5dist.model.weight_stream import WeightStream
 from k5dist.plan import World
 from k5dist.train.offload import Offload
@@ -40,7 +41,9 @@ def compute_dtype(train: TrainConfig) -> torch.dtype:
 def parallelise(transformer: VideoTransformer, mesh: DeviceMesh, train: TrainConfig, recompute: Recompute) -> None:
     """Context parallelism, recomputation, compilation, sharding, in that order and in place; weights may be on meta."""
     if mesh["context"].size() > 1:
-        transformer.share_tokens(ContextGroup.of(mesh["context"].get_group()))
+        group = ContextGroup.of(mesh["context"].get_group())
+        transformer.share_tokens(group)
+        share_dropout(transformer, group.rank)
     if train.attention != "auto":
         prefer_flash(transformer, train.attention)
     if train.float8:

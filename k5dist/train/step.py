@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from k5dist.cache.keys import seed_of
 from k5dist.model.forward import Text
+from k5dist.model.lora import dropout_key
 from k5dist.plan import RunPlan
 from k5dist.train.feed import Step, TextStore
 from k5dist.train.objective import Clip, Objective
@@ -35,6 +36,7 @@ class TrainStep:
         names = [dataset.name for dataset in self.plan.config.datasets]
         self.places = {name: 1 + i for i, name in enumerate(names)} if len(names) > 1 else {}
         self.of_dataset: dict[str, float] = {}  # mean losses of the last step's datasets, where a run has several
+        self.dropout = dropout_key(self.transformer)
 
     def update(self, step: Step, number: int) -> tuple[float, float]:
         """Take optimiser step `number` (from 1 on): the batch's mean loss and the gradient's norm before clipping.
@@ -43,14 +45,17 @@ class TrainStep:
         """
         config, world = self.plan.config, self.plan.world
         set_learning_rate(self.optimiser, learning_rate(config.optimizer, number, config.train.steps))
-        # What is not drawn by a clip's own key (an adapter's dropout, say) is a function of step and worker; workers
-        # that share a clip draw alike.
+        # What is not drawn by a clip's own key is a function of step and worker; workers that share a clip draw alike.
         torch.manual_seed(seed_of(config.train.seed, "step", number - 1, dist.get_rank() // world.context))
         sums = torch.zeros(1 + len(self.places), device=self.objective.device)  # of the batch, and by dataset
         rollout = Rollout.of_step(config.rollout, config.train.seed, number)
         scale = world.data_parallel / step.num_real  # FSDP2 averages over data-parallel (× context) workers
         for i, (clip, weight) in enumerate(step.clips):
             set_gradient_sync(self.transformer, last=i == len(step.clips) - 1, full=config.adapter == "full")
+            if self.dropout is not None:
+                self.dropout.set(
+                    seed_of(config.train.seed, step.epoch, clip.key, "adapter dropout"), self.objective.device
+                )
             position = i * world.data_parallel + dist.get_rank() // world.context  # in the global batch
             quantile = self.objective.quantile(clip, step.epoch, step.batch, position, step.num_real)
             rolled = rollout if step.draws and step.draws[i] < rollout.chance else None

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from k5dist import storage
+from k5dist.cache import layout
 from k5dist.cache.keys import key_of, seed_of
 from k5dist.config import ConfigError, RunConfig
 from k5dist.estimate import Bucket
@@ -25,6 +26,7 @@ from k5dist.events import emit
 from k5dist.model.forward import Text
 from k5dist.model.sample import load_scheduler, sample
 from k5dist.model.transformer import adapters_off
+from k5dist.model.weights import read_header
 from k5dist.plan import RunPlan
 from k5dist.train.checkpoint import step_folder
 from k5dist.train.feed import Dataset, padded_share
@@ -55,13 +57,16 @@ class Validator:
         ema: Averaged | None = None,
     ) -> None:
         self.config, self.dataset, self.objective = config, dataset, objective
-        self.folder = storage.join(run_uri, "validation")
+        self.run_uri, self.folder = run_uri, storage.join(run_uri, "validation")
         self.rank, self.size = rank, size  # among data-parallel groups
         self.context = config.parallel.context
         self.scheduler = load_scheduler(pretrained)
         self.ema = ema
         validation = config.validation
         self.items = [(at, seed) for at in range(len(validation.prompts)) for seed in validation.seeds]
+        if validation.prompts and "validate" in config.stages:  # before the first step, not after it
+            for at in range(len(validation.images) or 1):
+                self._first_frame(at, Bucket(*config.validation_shape).latent_shape)
         if "ema" in validation.compare and ema is None:
             rule = "this run keeps no average of its weights"
             raise ConfigError("validation.compare", list(validation.compare), rule, "leave ema out of it")
@@ -158,9 +163,11 @@ class Validator:
         validation = self.config.validation
         shared = [validation.negative_prompt, validation.guidance, validation.sampling_steps]
         shared += [self.config.validation_shape, self.config.train.precision]
-        return [
-            f"base/{key_of({'video': [validation.prompts[at], at, seed, *shared]})[:12]}" for at, seed in self.items
-        ]
+        images = [layout.image_uri(self.run_uri, at) for at in range(len(validation.images))]
+        pictures = [[read_header(uri)[1]["key"]] if storage.exists(uri) else [] for uri in images]
+        pictures = pictures or [[]] * len(validation.prompts)
+        facts = [[validation.prompts[at], at, seed, *shared, *pictures[at]] for at, seed in self.items]
+        return [f"base/{key_of({'video': fact})[:12]}" for fact in facts]
 
     def _sample_all(self, transformer: nn.Module, places: Sequence[str], wanted: Sequence[int] | None = None) -> None:
         """Sample the items (at the positions `wanted`, or all), spread over the data-parallel groups.
@@ -194,19 +201,34 @@ class Validator:
         )
 
     def _first_frame(self, at: int, shape: tuple[int, int, int]) -> Tensor | None:
-        """For image-to-video: a held-out clip's first frame in the bucket of the validation videos."""
+        """For image-to-video: the prompt's image, else a held-out clip's first frame in the videos' bucket."""
         if not self.objective.first_frame:
             return None
+        if self.config.validation.images:
+            return self._image(at, shape) * self.objective.scaling_factor
         strata = sorted(self.dataset.strata, key=lambda stratum: not stratum.held_out)
         fitting = [stratum for stratum in strata if Bucket(*stratum.bucket).latent_shape[1:] == shape[1:]]
         if not fitting:
-            raise ValueError("no cached clip has the resolution of validation.resolution, to take a first frame from")
+            rule = "no cached clip has these sides, to take a first frame from"
+            fix = "set validation.images, or validation.resolution to sides that the clips have"
+            raise ConfigError("validation.resolution", list(self.config.validation_shape[1:]), rule, fix)
         at %= sum(stratum.count for stratum in fitting)
         while at >= fitting[0].count:
             at -= fitting.pop(0).count
         clip = self.dataset.read(fitting[0].rows[at])
         assert clip.first_mean_1HWC is not None
         return clip.first_mean_1HWC.float() * self.objective.scaling_factor
+
+    def _image(self, at: int, shape: tuple[int, int, int]) -> Tensor:
+        """Unscaled latents [1, h, w, C] that precache left of `validation.images[at]`."""
+        place = layout.image_uri(self.run_uri, at)
+        mean = read_tensors(place)["mean"] if storage.exists(place) else None
+        if mean is None or tuple(mean.shape[1:3]) != shape[1:]:
+            rule = "it is not encoded for the videos' sides"
+            raise ConfigError(
+                "validation.images", self.config.validation.images[at], rule, "run with the stage precache"
+            )
+        return mean.float()
 
 
 @contextlib.contextmanager

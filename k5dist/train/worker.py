@@ -28,6 +28,7 @@ from k5dist.train.loop import Trainer, TrainState
 from k5dist.train.objective import Objective
 from k5dist.train.optimiser import make_optimiser, parameter_groups, trained_dtype
 from k5dist.train.parallelise import compute_dtype, make_mesh, parallelise
+from k5dist.train.shortage import OutOfMemory, explained
 from k5dist.train.signals import StopSignal, die_with_parent
 from k5dist.train.step import TrainStep
 from k5dist.train.validate import Validator, probe_uri, probed_step, write_probe
@@ -48,6 +49,9 @@ def main(plan_uri: str) -> int:
         # An error of the user's, not one to start again from; other ranks may not see it, and must not be waited for.
         emit("config_error", key=error.key, value=str(error.value), rule=error.rule, fix=error.fix)
         os._exit(2)
+    except OutOfMemory as error:
+        emit("failed", rank=dist.get_rank(), error=str(error), traceback="", communication=False)
+        os._exit(1)
     except Exception as error:
         text = traceback.format_exc()
         emit("failed", rank=dist.get_rank(), error=repr(error), traceback=text, communication=_is_communication(error))
@@ -88,10 +92,19 @@ def start_process_group(plan: RunPlan) -> torch.device:
 
 def work(plan: RunPlan, device: torch.device, stack: contextlib.ExitStack) -> None:
     """Everything between the process group's start and its end."""
-    config = plan.config
     if dist.get_rank() == 0:
         emit("started", world=plan.world.size)
-    trainer, dataset = build_trainer(plan, device)
+    with explained(plan, device):
+        trainer, dataset = build_trainer(plan, device)
+    with explained(plan, device, trainer):
+        run_stages(plan, trainer, dataset, stack)
+    if dist.get_rank() == 0:
+        emit("finished", step=trainer.state.step)
+
+
+def run_stages(plan: RunPlan, trainer: Trainer, dataset: Dataset, stack: contextlib.ExitStack) -> None:
+    """Train from the newest checkpoint on, validating, or validate alone."""
+    config = plan.config
     # With resume=never the driver has emptied the folder: what is found is of this very run, before a crash.
     found = trainer.checkpoints.latest()
     if found is not None:
@@ -110,8 +123,6 @@ def work(plan: RunPlan, device: torch.device, stack: contextlib.ExitStack) -> No
             write_probe(probe_uri(plan), trainer.transformer, validator, step, trainer.evaluated)
     else:
         trainer.validate()
-    if dist.get_rank() == 0:
-        emit("finished", step=trainer.state.step)
 
 
 def make_feed(plan: RunPlan, trainer: Trainer, dataset: Dataset, stack: contextlib.ExitStack) -> Feed:
@@ -148,7 +159,7 @@ def build_trainer(plan: RunPlan, device: torch.device) -> tuple[Trainer, Dataset
     )
     parameter_groups(transformer, config.optimizer)  # refuses what finds no weight, before any is allocated
     parallelise(transformer, mesh, config.train, plan.recompute)
-    materialise(transformer, plan.pretrained, device=device, seed=config.train.seed)
+    materialise(transformer, plan.pretrained, device=device, seed=config.train.seed, lora=lora)
     transformer.train()
     shift, reference = config.train.timestep_shift, None
     if shift == "resolution":

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from k5dist.compose import compose, to_run_config
 from k5dist.config import LoraConfig, ModelConfig
 from k5dist.model.forward import Text, predict_velocity
 from k5dist.model.transformer import build_transformer, materialise
@@ -26,8 +27,14 @@ def model_config(folder: Path) -> ModelConfig:
 
 def our_model(folder: Path, lora: LoraConfig | None = None, seed: int = 0) -> nn.Module:
     transformer = build_transformer(str(folder), model_config(folder), lora=lora, dtype=torch.float32)
-    materialise(transformer, str(folder), device=CPU, seed=seed)
+    materialise(transformer, str(folder), device=CPU, seed=seed, lora=lora)
     return transformer
+
+
+def lora_config(rank: int, alpha: float, targets: str | tuple[str, ...], **changes: Any) -> LoraConfig:
+    """Adapters with everything else as conf/ has it."""
+    lora = to_run_config(compose(["+flavour=t2v-tiny"])).lora
+    return dataclasses.replace(lora, rank=rank, alpha=alpha, targets=targets, **changes)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -107,3 +114,13 @@ def check_parity(folder: Path, pipeline: Any, calls: list[Any], first_frame: boo
             # A shift of all keys changes no attention, so the gradient of their bias is the small rest of a sum that
             # RoPE's rounding to bf16 runs through.
             assert relative(parameter.grad, reference) <= (1e-3 if name.endswith("to_key.bias") else 1e-4), name
+
+
+def set_adapters(transformer: nn.Module, size: float = 0.2) -> None:
+    with torch.no_grad():
+        adapters = [(name, each) for name, each in transformer.named_parameters() if ".lora_" in name]
+        for at, (name, parameter) in enumerate(adapters):
+            if ".lora_B." in name:
+                parameter.copy_(size * random(*parameter.shape, seed=at))
+            elif ".lora_magnitude_vector." in name:
+                parameter.mul_(1 + 0.3 * random(*parameter.shape, seed=at).tanh())

@@ -13,7 +13,7 @@ import pytest
 
 from k5dist import estimate
 from k5dist.compose import compose, to_run_config
-from k5dist.config import LoraConfig, ModelConfig, RunConfig
+from k5dist.config import ModelConfig, RunConfig
 from k5dist.shapes import Bucket
 
 TINY = "+flavour=t2v-tiny"
@@ -94,12 +94,13 @@ def test_lora_parameters_are_those_that_peft_trains(tiny_checkpoint: Path, targe
     import torch
 
     from k5dist.model.transformer import build_transformer
+    from tests.unit.models import lora_config
 
     model = model_of("t2v-tiny")
-    lora = LoraConfig(rank=rank, alpha=1.0, targets=targets)
+    lora = lora_config(rank, 1.0, targets)
     transformer = build_transformer(str(tiny_checkpoint), model, lora=lora, dtype=torch.bfloat16)
     trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
-    assert estimate.lora_parameters(model, rank, targets) == trained
+    assert estimate.lora_parameters(model, lora) == trained
 
 
 def test_all_parameters_train_without_an_adapter(tiny_checkpoint: Path) -> None:

@@ -53,6 +53,7 @@ TOO_LARGE: list[tuple[tuple[str, ...], int, str, str]] = [
     (("+flavour=t2v-pro-sft-10s-hd", FULL), 8, H200, "parallel.context=4 or data.num_frames=121"),
     ((*PRO, FULL, "data.num_frames=25"), 1, SMALL, "cluster.nodes="),
     ((*LONG, f"{POLICY}=linear"), 2, H200, f"parallel.context=2 {POLICY}=auto or data.num_frames=121 {POLICY}=auto"),
+    (PRO, 1, "NVIDIA L40S", "cluster.gpus_per_node=4 parallel.context=2 or train.stream_weights=true"),
     ((*PRO, f"{POLICY}=linear"), 2, H200, f"{POLICY}=attention or {POLICY}=auto"),
     ((*PRO, f"{POLICY}=linear"), 2, H100, f"{POLICY}=full or {POLICY}=auto"),
     ((*LITE, f"{POLICY}=attention", "data.num_frames=181"), 1, SMALL, f"{POLICY}=full or {POLICY}=auto"),

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from k5dist.compose import compose, to_run_config
-from k5dist.config import ConfigError, LoraConfig
+from k5dist.config import ConfigError
 from k5dist.model.float8 import LARGEST, Float8Linear, quantise, use_float8
 from k5dist.model.forward import predict_velocity
-from tests.unit.models import model_config, our_model, random, random_text, relative
+from tests.unit.models import lora_config, model_config, our_model, random, random_text, relative
 
 MODEL_DIM, FF_DIM = 64, 128
 
@@ -63,7 +63,7 @@ def test_a_frozen_weight_has_no_gradient() -> None:
 
 @pytest.mark.parametrize("adapted", [True, False])
 def test_only_the_large_layers_of_visual_blocks_change(tiny_t2v: Path, adapted: bool) -> None:
-    transformer = our_model(tiny_t2v, LoraConfig(4, 4.0, "attention+ffn") if adapted else None)
+    transformer = our_model(tiny_t2v, lora_config(4, 4.0, "attention+ffn") if adapted else None)
     use_float8(transformer.visual_transformer_blocks, "cpu")  # type: ignore[arg-type]
     changed = {name for name, module in transformer.named_modules() if isinstance(module, Float8Linear)}
     suffix = ".base_layer" if adapted else ""

@@ -168,7 +168,9 @@ def test_the_loss_is_the_masks_weighted_mean(
     clip = Clip("clip", mean, torch.full_like(mean, -3.0), mean[:1], mean[:1] * 0 - 3, random_text(6), mask)
     transformer = our_model(folder)
     with torch.no_grad():
-        error, _ = goal._error(transformer, clip, clip.text, goal.sigma(0.4), (train.seed, 1, "clip"), draw=False)
+        error, _ = goal._error(
+            transformer, clip, clip.text, goal.sigma(0.4), (train.seed, 1, "clip"), draw=False, first_frame=first_frame
+        )
         found = goal.training_loss(transformer, clip, clip.text, 1, 0.4)
         plain = goal.training_loss(transformer, dataclasses.replace(clip, mask_THW1=None), clip.text, 1, 0.4)
         white = dataclasses.replace(clip, mask_THW1=torch.ones_like(mask))

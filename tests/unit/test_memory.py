@@ -361,3 +361,25 @@ def test_a_share_of_the_gpu_is_planned_by() -> None:
     assert share.run_fingerprint == whole.run_fingerprint
     with pytest.raises(ConfigError, match=r"of 6\.0 \(NVIDIA H200\)"):
         check(to_run_config(compose([*words, "train.gpu_memory_gib=6"])), facts)
+
+
+@pytest.mark.parametrize("kind", ["int8", "float8"])
+def test_a_quantised_base_takes_a_byte_a_weight(kind: str) -> None:
+    plain, quantised = predict(*PRO, gpus=1), predict(*PRO, f"lora.base_dtype={kind}", gpus=1)
+    dim, ff = 4096, 16384
+    linear = 60 * (8 * dim**2 + 2 * dim * ff) + 4 * (4 * dim**2 + 2 * dim * ff)
+    assert plain.weights - quantised.weights == linear
+    assert plain.gathered - quantised.gathered == 2 * (8 * dim**2 + 2 * dim * ff) - 2 * dim * ff
+    streamed = (*PRO, "train.stream_weights=true")
+    plain, quantised = predict(*streamed, gpus=1), predict(*streamed, f"lora.base_dtype={kind}", gpus=1)
+    assert plain.weights - quantised.weights == 4 * (4 * dim**2 + 2 * dim * ff), "visual blocks are not there"
+
+
+def test_dora_multiplies_the_factors_of_its_largest_layer() -> None:
+    dora = ("lora.use_dora=true", "train.activation_checkpointing=full")
+    plain, attention = predict(*PRO), predict(*PRO, *dora)
+    everything = predict(*PRO, *dora, "lora.targets=attention+ffn")
+    eager = predict(*PRO, *dora, "train.compile=false")
+    assert attention.gathered - plain.gathered == 2 * 4096**2
+    assert everything.gathered - plain.gathered == 2 * 4096 * 16384
+    assert eager.gathered - plain.gathered == (2 + 3 * 4) * 4096**2, "the sum in fp32, its parts, its squares"

@@ -22,7 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from k5dist.compose import compose, to_run_config
-from k5dist.config import ConfigError, LoraConfig
+from k5dist.config import ConfigError
 from k5dist.model.attention import attend, dense_attention, prefer_flash
 from k5dist.model.dit import FP32_MODULES, VideoTransformer
 from k5dist.model.forward import predict_velocity, rope_scale_factor
@@ -40,6 +40,7 @@ from tests.unit.models import (
     CPU,
     check_parity,
     load_pipeline,
+    lora_config,
     model_config,
     our_model,
     pipeline_calls,
@@ -244,14 +245,14 @@ def test_lora_is_on_the_blocks_projections_only(tiny_t2v: Path, targets: str) ->
             wanted |= {f"{block}.{name}.{projection}" for name in names}
         if targets == "attention+ffn":
             wanted |= {f"{block}.feed_forward.in_layer", f"{block}.feed_forward.out_layer"}
-    transformer = our_model(tiny_t2v, LoraConfig(4, 4.0, targets))
+    transformer = our_model(tiny_t2v, lora_config(4, 4.0, targets))
     assert adapted_modules(transformer) == wanted
     assert all(parameter.requires_grad == is_adapter(name) for name, parameter in transformer.named_parameters())
 
 
 def test_fresh_adapters_change_nothing(tiny_t2v: Path) -> None:
     model = model_config(tiny_t2v)
-    adapted = our_model(tiny_t2v, LoraConfig(4, 8.0, "attention+ffn"))
+    adapted = our_model(tiny_t2v, lora_config(4, 8.0, "attention+ffn"))
     arguments: Any = (model, random(1, 2, 8, 12, 16), False, torch.tensor([500.0]), random_text(4))
     with torch.no_grad():
         base = predict_velocity(our_model(tiny_t2v), *arguments)
@@ -263,7 +264,7 @@ def test_fresh_adapters_change_nothing(tiny_t2v: Path) -> None:
 
 
 def test_adapters_start_from_the_seed(tiny_t2v: Path) -> None:
-    lora = LoraConfig(4, 4.0, "attention")
+    lora = lora_config(4, 4.0, "attention")
 
     def first_factors(seed: int) -> dict[str, Tensor]:
         parameters = our_model(tiny_t2v, lora, seed).named_parameters()

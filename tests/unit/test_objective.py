@@ -27,6 +27,7 @@ from tests.unit.models import (
     random,
     random_frames,
     random_text,
+    relative,
 )
 
 # The objective
@@ -217,3 +218,77 @@ def test_allocating_the_optimisers_state_moves_no_weight() -> None:
         model(random(2, 4, seed=2)).square().sum().backward()
         optimiser.step()
     assert torch.equal(allocated.weight, untouched.weight), "and the first step is that of a fresh optimiser"
+
+
+# Image-to-video
+
+
+def test_a_clip_without_its_first_frame_trains_as_text_to_video(tiny_i2v: Path) -> None:
+    goal, transformer, clip = objective(tiny_i2v, first_frame=True), our_model(tiny_i2v), random_clip()
+    rates = (0.0, 1.0)
+    kept, dropped = (
+        dataclasses.replace(goal, train=dataclasses.replace(goal.train, first_frame_dropout=rate)) for rate in rates
+    )
+    with torch.no_grad():
+        plain = dataclasses.replace(goal, first_frame=False).training_loss(transformer, clip, clip.text, 3)
+        assert torch.equal(dropped.training_loss(transformer, clip, clip.text, 3), plain)
+        assert not torch.equal(kept.training_loss(transformer, clip, clip.text, 3), plain)
+        held_out = [each.validation_loss(transformer, clip, clip.text, 0, 2) for each in (kept, dropped)]
+    assert torch.equal(*held_out), "validation is image-to-video"
+
+
+def test_first_frames_are_dropped_at_their_rate_and_apart_from_captions(tiny_i2v: Path) -> None:
+    goal = objective(tiny_i2v, first_frame=True)
+    half = dataclasses.replace(
+        goal, train=dataclasses.replace(goal.train, first_frame_dropout=0.5, caption_dropout=0.5)
+    )
+    keys = [(f"clip-{i}", epoch) for i in range(40) for epoch in range(40)]
+    frames, captions = (np.array([f(*key) for key in keys]) for f in (half.drops_first_frame, half.drops_caption))
+    assert abs(frames.mean() - 0.5) < 0.05
+    assert abs((frames & captions).mean() - 0.25) < 0.05
+    assert len({frames.reshape(40, 40)[:, epoch].tobytes() for epoch in range(40)}) == 40, "epochs differ"
+
+
+def test_the_input_is_what_the_inference_pipeline_prepares(tiny_i2v: Path) -> None:
+    """diffusers' own `prepare_latents`, from a picture on, and ours at σ = 1 from what precache keeps of it."""
+    picture = random_frames(1)[0]
+    pipeline = load_pipeline(Kandinsky5I2VPipeline, tiny_i2v)
+    theirs = pipeline.prepare_latents(
+        image=Image.fromarray(picture),
+        batch_size=1,
+        height=64,
+        width=96,
+        num_frames=17,
+        dtype=torch.float32,
+        device=CPU,
+        generator=torch.Generator().manual_seed(5),
+    )
+    generator = torch.Generator().manual_seed(5)
+    noise = torch.randn(1, 5, 8, 12, 16, generator=generator)[0]
+    draw = torch.randn(1, 16, 1, 8, 12, generator=generator)[0].permute(1, 2, 3, 0)
+    mean, logvar = VideoAutoencoder(str(tiny_i2v), "cpu").encode(picture[None])
+    first = mean + (0.5 * logvar).exp() * draw
+
+    class Drawn(Objective):
+        def sigma(self, uniform: float, tokens: int | None = None) -> float:
+            return 1.0
+
+        def _noise(self, shape: torch.Size, where: tuple[object, ...]) -> Tensor:
+            return noise if where[-1] == "noise" else draw
+
+    class Recording(nn.Module):
+        def forward(self, hidden: Tensor, *rest: object) -> Tensor:
+            self.hidden = hidden
+            return hidden[..., :16]
+
+    fields = {f.name: getattr(objective(tiny_i2v, first_frame=True), f.name) for f in dataclasses.fields(Objective)}
+    goal, stub = Drawn(**{**fields, "draw": True}), Recording()
+    clip = dataclasses.replace(
+        random_clip(), mean_THWC=torch.zeros(5, 8, 12, 16), logvar_THWC=torch.zeros(5, 8, 12, 16)
+    )
+    clip = dataclasses.replace(clip, first_mean_1HWC=mean, first_logvar_1HWC=logvar)
+    goal.training_loss(stub, clip, clip.text, 0)
+    assert stub.hidden.shape == theirs.shape == (1, 5, 8, 12, 33)
+    torch.testing.assert_close(stub.hidden, theirs, rtol=0, atol=1e-5)
+    assert torch.equal(stub.hidden[0, 1:, ..., :16], theirs[0, 1:, ..., :16])
+    assert relative(stub.hidden[0, :1, ..., :16], first * SCALE) < 1e-5

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from k5dist.compose import compose, to_run_config
-from k5dist.config import LoraConfig, OptimizerConfig
+from k5dist.config import OptimizerConfig
 from k5dist.config.names import adapter_names, weight_names
 from k5dist.model.dit import FP32_MODULES
 from k5dist.model.transformer import build_transformer
 from k5dist.model.weights import is_adapter
 from k5dist.train.optimiser import make_optimiser, optimiser_tensors, set_learning_rate, trained_dtype
 from k5dist.train.stochastic import StochasticAdamW, round_by_chance
+from tests.unit.models import lora_config
 
 CPU = torch.device("cpu")
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -239,7 +240,7 @@ def test_trained_weights_are_stored_in_bf16_but_for_the_modules_in_fp32(tmp_path
     model = to_run_config(compose(["+flavour=t2v-tiny"])).model
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer" / "config.json").write_text(json.dumps(dataclasses.asdict(model)))
-    lora = LoraConfig(rank=2, alpha=2.0, targets="attention+ffn") if adapter == "lora" else None
+    lora = lora_config(2, 2.0, "attention+ffn") if adapter == "lora" else None
     # Where adapters are trained, the base has a type of its own: told apart by fp32 here.
     transformer = build_transformer(str(tmp_path), model, lora=lora, dtype=FP32, trained=trained_dtype(CONFIG))
     kept, stored = set(), {}
@@ -259,16 +260,15 @@ def test_plain_adamw_trains_fp32() -> None:
     assert trained_dtype(dataclasses.replace(CONFIG, kind="adamw")) == FP32
 
 
-@pytest.mark.parametrize("adapter", ["full", "lora"])
-def test_the_names_that_the_plan_knows_are_the_models(tmp_path: Path, adapter: str) -> None:
+@pytest.mark.parametrize(("adapter", "blocks"), [("full", ""), ("lora", ""), ("lora", "visual"), ("dora", "")])
+def test_the_names_that_the_plan_knows_are_the_models(tmp_path: Path, adapter: str, blocks: str) -> None:
     model = to_run_config(compose(["+flavour=t2v-tiny"])).model
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer" / "config.json").write_text(json.dumps(dataclasses.asdict(model)))
-    lora = LoraConfig(rank=2, alpha=2.0, targets="attention+ffn") if adapter == "lora" else None
-    transformer = build_transformer(str(tmp_path), model, lora=lora, dtype=FP32)
+    lora = lora_config(2, 2.0, "attention+ffn", use_dora=adapter == "dora", blocks="visual" if blocks else "all")
+    transformer = build_transformer(str(tmp_path), model, lora=None if adapter == "full" else lora, dtype=FP32)
     trained = {name for name, parameter in transformer.named_parameters() if parameter.requires_grad}
     if adapter == "full":
         assert sorted(weight_names(model)) == sorted(trained)
     else:
-        known = {name for name in adapter_names(model) if "magnitude" not in name}  # those are DoRA's
-        assert known == trained
+        assert sorted(adapter_names(model, lora)) == sorted(trained)

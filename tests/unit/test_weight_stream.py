@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,14 +19,16 @@ from k5dist.model.transformer import allocate, build_transformer, materialise
 from k5dist.model.weight_stream import WeightStream
 from k5dist.model.weights import load_weights
 from k5dist.train.parallelise import set_recompute
+from tests.unit.models import set_adapters
 from tests.unit.test_rollout import random_clip
 
 CPU = torch.device("cpu")
 CONFIG = to_run_config(compose(["+flavour=t2v-tiny"]))
 
 
-def lora_model(folder: Path, recompute: str, *, streamed: bool) -> VideoTransformer:
-    transformer = build_transformer(str(folder), CONFIG.model, lora=CONFIG.lora, dtype=torch.float32)
+def lora_model(folder: Path, recompute: str, *, streamed: bool, **options: Any) -> VideoTransformer:
+    lora = dataclasses.replace(CONFIG.lora, **options)
+    transformer = build_transformer(str(folder), CONFIG.model, lora=lora, dtype=torch.float32)
     blocks = CONFIG.model.num_visual_blocks
     set_recompute(
         transformer, {"linear": Recompute(blocks, 0), "attention": Recompute(0, blocks)}.get(recompute, Recompute(0, 0))
@@ -69,6 +73,29 @@ def test_results_are_the_same_to_the_bit(tiny_t2v: Path, recompute: str) -> None
         assert torch.equal(ours, expected)
     assert seen and max(seen) <= 2
     assert resident(plain) == CONFIG.model.num_visual_blocks > 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"base_dtype": "int8", "dropout": 0.3}, {"use_dora": True}],
+    ids=["int8", "dora"],
+)
+def test_adapters_of_every_kind_and_rounded_bases_are_streamed(tiny_t2v: Path, options: dict[str, Any]) -> None:
+    plain, streamed = (lora_model(tiny_t2v, "full", streamed=on, **options) for on in (False, True))
+    lengths = [(n, p) for n, p in plain.named_parameters() if "magnitude" in n]
+    assert all(torch.equal(p, dict(streamed.named_parameters())[name]) for name, p in lengths)
+    for transformer in (plain, streamed):
+        set_adapters(transformer)
+    for ours, expected in zip(gradients(streamed), gradients(plain), strict=True):
+        assert torch.equal(ours, expected)
+    size, exact = stored_bytes(streamed), stored_bytes(lora_model(tiny_t2v, "full", streamed=True))
+    assert size < 0.5 * exact if "base_dtype" in options else size == exact
+
+
+def stored_bytes(transformer: VideoTransformer) -> int:
+    """Of the host's copies that are no fp32 modulation's."""
+    assert transformer.stream is not None
+    return sum(tensor.nbytes for block in transformer.stream.host for tensor in block[2:])
 
 
 def test_weights_are_whole_again_after_a_step_changed_the_adapters(tiny_t2v: Path) -> None:
