@@ -201,6 +201,7 @@ def _check_folder(plan: RunPlan) -> None:
 
 def run_plan(plan: RunPlan, resolved_yaml: str) -> int:
     from k5dist.cluster.driver import TrainingFailed, run_stages, tracked_run
+    from k5dist.cluster.record import Recorder
     from k5dist.precache.pipeline import PrecacheError, check_source
     from k5dist.precache.sources import Listing
     from k5dist.precache.upkeep import CacheDamaged
@@ -220,13 +221,14 @@ def run_plan(plan: RunPlan, resolved_yaml: str) -> int:
     storage.publish_bytes(storage.join(plan.run_uri, "config.yaml"), resolved_yaml.encode())
     root = storage.normalise(plan.config.storage.root)
     try:
-        with tracked_run(plan, storage.join(root, "mlartifacts")) as tracked:
-            storage.publish_bytes(storage.join(plan.run_uri, "tracking.json"), _tracking_json(tracked.run_id))
-            tracked.log_config(resolved_yaml, plan.to_json(), _flat(plan.config.to_mapping()))
-            tracked.log_git(Path(__file__).parent.parent)
-            summary = run_stages(plan, tracked, source)
-            summary.append(("tracking", tracked.url))
-        show_table("Done", summary)
+        with Recorder(plan.run_uri) as record:
+            with tracked_run(plan, storage.join(root, "mlartifacts")) as tracked:
+                storage.publish_bytes(storage.join(plan.run_uri, "tracking.json"), _tracking_json(tracked.run_id))
+                tracked.log_config(resolved_yaml, plan.to_json(), _flat(plan.config.to_mapping()))
+                tracked.log_git(Path(__file__).parent.parent)
+                summary = run_stages(plan, tracked, source, record)
+                summary.append(("tracking", tracked.url))
+            show_table("Done", summary)
         return 0
     except (TrainingFailed, PrecacheError, CacheDamaged) as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")

@@ -25,12 +25,14 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from k5dist.cluster.load import node_load
 from k5dist.config import ConfigError
 from k5dist.plan import RunPlan
 
 WORKER_MODULE = "k5dist.train.worker"
 _PLACE_SECONDS = 60
 _BATCH_SECONDS = 0.1
+_LOAD_SECONDS = 5
 # What Ray and an outer torchrun leave in the environment would mislead the inner one.
 _STRIPPED = ("RAY_", "TORCHELASTIC_", "MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK", "ROLE_")
 
@@ -108,6 +110,9 @@ class Agent:
             for process in [*agent.children(recursive=True), agent]:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
+
+    def load(self) -> dict[str, Any]:
+        return {"node": ray.util.get_node_ip_address(), **node_load()}
 
     def _workers(self) -> list[psutil.Process]:
         if self.process is None or self.process.poll() is not None:
@@ -211,6 +216,10 @@ class Gang:
 
     def ask_to_stop(self) -> None:
         ray.get([agent.ask_to_stop.remote() for agent in self._agents], timeout=30)
+
+    def loads(self) -> list[dict[str, Any]]:
+        """How busy the nodes are, the first one's first."""
+        return ray.get([agent.load.remote() for agent in self._agents], timeout=_LOAD_SECONDS)
 
     def start(self) -> None:
         """Begin one attempt; `output` follows it."""
