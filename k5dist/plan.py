@@ -23,7 +23,7 @@ from k5dist.pools import Pools, settle_pools
 from k5dist.shapes import Bucket
 from k5dist.world import ClusterFacts, World, make_world
 
-SCHEMA_VERSION = 5  # of plan.json
+SCHEMA_VERSION = 6  # of plan.json
 ENCODING_VERSION = 2  # raise when equal settings give another cache
 DEFAULT_BATCH = 8
 

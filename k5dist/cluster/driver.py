@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from k5dist import storage
-from k5dist.cluster.gang import Gang
+from k5dist.cluster.gang import Gang, check_room
 from k5dist.cluster.interrupts import Interrupts
 from k5dist.cluster.record import Recorder
 from k5dist.cluster.session import ray_session
@@ -63,6 +63,8 @@ def tracked_run(plan: RunPlan, artifact_root: str) -> TrackedRun:
     run_id = json.loads(storage.read_text(uri))["run_id"] if storage.exists(uri) else None
     tags = {"flavour": plan.config.flavour.name, "run_fingerprint": plan.run_fingerprint}
     tags |= {"cache_fingerprint": plan.cache_fingerprint, "run_uri": plan.run_uri}
+    if plan.config.tracking.parent is not None:
+        tags["mlflow.parentRunId"] = plan.config.tracking.parent
     return TrackedRun(
         uri=plan.tracking_uri,
         experiment=plan.config.tracking.experiment,
@@ -81,6 +83,9 @@ def run_stages(plan: RunPlan, tracked: TrackedRun, source: Listing, record: Reco
     damaged = _verify(plan, tracked, summary) if "verify" in stages else False
     heavy = damaged or bool(set(stages) & _ON_RAY)
     with ray_session(plan.config.cluster) if heavy else contextlib.nullcontext():
+        if plan.config.cluster.kind == "ray" and heavy:
+            record.stage("wait for nodes")
+            check_room(plan)
         if "precache" in stages or damaged:
             record.stage("precache")
             done = precache(plan, source)

@@ -24,6 +24,7 @@ import psutil
 
 from k5dist import storage
 from k5dist.cluster.logs import LogFile
+from k5dist.config import ConfigError
 from k5dist.console import listening
 from k5dist.tracking.redact import redact_text
 
@@ -108,6 +109,24 @@ def read_record(run_uri: str) -> DriverRecord | None:
 
 def write_record(run_uri: str, record: DriverRecord) -> None:
     storage.publish_bytes(storage.join(run_uri, FILE), record.to_json())
+
+
+def refuse_second(run_uri: str, *, everywhere: bool = False) -> None:
+    """Two drivers of one run would write over each other. Of another machine's only `everywhere` asks: a driver that
+    was killed there may be what this one replaces.
+
+    Raises:
+        ConfigError: where one runs.
+    """
+    record = read_record(run_uri)
+    if record is None or record.state not in ("running", "submitted"):
+        return
+    runs = record.is_here and record.pid != os.getpid()
+    if runs or (everywhere and not record.is_lost(run_uri)):
+        where = f"process {record.pid} of {record.host}" if record.pid else f"{record.state} elsewhere"
+        name = run_uri.rsplit("/", 1)[-1]
+        fix = f"look: python -m k5dist.runs status {name}; end it: python -m k5dist.runs stop {name}; or name=<another>"
+        raise ConfigError("name", name, f"this run has a driver: {where}", fix)
 
 
 def ask_to_stop(run_uri: str) -> None:

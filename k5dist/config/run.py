@@ -142,6 +142,7 @@ class RunConfig:
         uris = {"storage.root": self.storage.root, "tracking.uri": self.tracking.uri, "data.source": self.data.source}
         uris |= {dataset.key("source"): dataset.source for dataset in self.datasets}
         uris |= {"pretrained": self.pretrained, "validation.clip_model": self.validation.clip_model}
+        uris |= {"cluster.address": self.cluster.address}
         for key, uri in uris.items():
             scheme, separator, rest = (uri or "").partition("://")
             authority = rest.split("/", 1)[0]

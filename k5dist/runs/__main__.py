@@ -154,7 +154,12 @@ def _where(run: RunFacts) -> str:
     record = run.record
     if record is None:
         return ""
-    names = {"Slurm job": record.slurm_job_id, "Ray job": record.ray_job_id, "RayJob": record.kubernetes_job}
+    names = {
+        "Slurm job": record.slurm_job_id,
+        "Ray job": record.ray_job_id,
+        "RayJob": record.kubernetes_job,
+        "of": record.sweep,
+    }
     parts = [f"{name} {value}" for name, value in names.items() if value]
     process = [f"{record.host}, process {record.pid}"] if record.pid and run.state == "running" else []
     return "; ".join([*parts, *process])

@@ -230,7 +230,7 @@ def test_a_newer_plan_keeps_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_plan_of_another_version_is_refused() -> None:
     body = json.loads(planned().to_json())
-    assert body["schema_version"] == 5
+    assert body["schema_version"] == 6
     with pytest.raises(ConfigError, match="schema version"):
         RunPlan.from_json(json.dumps(body | {"schema_version": 999}))
 
