@@ -306,7 +306,7 @@ def main() -> None:
         sys.exit(_guarded(lambda: sweep.resolved(arguments[1:], prepare, run_plan)))
     if _MULTIRUN.intersection(arguments):
         typed = [argument for argument in arguments if argument not in _MULTIRUN]
-        sys.exit(_guarded(lambda: sweep.multirun(typed, prepare, run_plan)))
+        sys.exit(_guarded(lambda: sweep.multirun(typed, plan_run, prepare, run_plan)))
     sys.argv[1:] = normalise_arguments(arguments)
     try:
         compose([argument for argument in sys.argv[1:] if not argument.startswith("-")])

@@ -26,6 +26,7 @@ from k5dist.plan import RunPlan
 from k5dist.retry import StorageUnavailable
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+Planner = Callable[[RunConfig], RunPlan]
 Run = Callable[[RunPlan, str, str | None], int]  # a plan, its configuration as YAML, the sweep's name → exit status
 
 
@@ -56,10 +57,12 @@ class Sweep:
         return " ".join(one for one in self.overrides[at] if one.partition("=")[0].lstrip("+") in self.swept)
 
 
-def multirun(arguments: list[str], prepare: Callable[[RunConfig], RunPlan], run: Run) -> int:
-    """Every combination of the values typed; all are planned before the first begins."""
+def multirun(arguments: list[str], plan: Planner, prepare: Planner, run: Run) -> int:
+    """Every combination of the values typed; all are planned, and shown, before the first begins."""
     overrides = expand_sweep(arguments)
-    sweep = make_sweep([to_run_config(compose(typed)) for typed in overrides], overrides, prepare)
+    sweep = make_sweep([to_run_config(compose(typed)) for typed in overrides], overrides, plan)
+    for planned in sweep.plans:
+        prepare(planned.config)
     cluster, stages = sweep.first.config.cluster, sweep.first.config.stages
     if stages == ("plan",):
         return 0
@@ -76,7 +79,7 @@ def multirun(arguments: list[str], prepare: Callable[[RunConfig], RunPlan], run:
     return run_sweep(sweep, run)
 
 
-def resolved(files: Sequence[str], prepare: Callable[[RunConfig], RunPlan], run: Run) -> int:
+def resolved(files: Sequence[str], prepare: Planner, run: Run) -> int:
     """Runs as `cluster.submit` ships them: whole configurations, one after another where there are several."""
     plans = [prepare(RunConfig.from_mapping(json.loads(Path(file).read_text()))) for file in files]
     if len(plans) == 1:
@@ -101,7 +104,7 @@ def _yaml(config: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(json.loads(json.dumps(config.to_mapping()))))
 
 
-def make_sweep(configs: Sequence[RunConfig], overrides: Sequence[Sequence[str]], plan: Callable[..., RunPlan]) -> Sweep:
+def make_sweep(configs: Sequence[RunConfig], overrides: Sequence[Sequence[str]], plan: Planner) -> Sweep:
     """Plan all runs before the first begins. With `name=` theirs are `<name>-<run fingerprint>`.
 
     Raises:

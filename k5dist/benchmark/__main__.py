@@ -31,6 +31,7 @@ STANDALONE = (
     "text",
     "scale",
     "precache",
+    "launch",
 )  # these configure no run
 COMMANDS = ("train", "load", *STANDALONE)
 

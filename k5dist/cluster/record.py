@@ -147,7 +147,7 @@ class Recorder:
         self.run_uri = run_uri
         self.asked_to_stop = False  # by the file: this run alone is meant
         self.load: Callable[[], list[dict[str, Any]]] | None = None  # samples the gang's nodes
-        now = time.time()
+        now, before = time.time(), read_record(run_uri)
         self._record = DriverRecord(
             state="running",
             began=now,
@@ -157,8 +157,8 @@ class Recorder:
             pid_started=psutil.Process().create_time(),
             moved=now,
             logs=time.strftime("%Y%m%d-%H%M%S", time.gmtime(now)) + f"-{os.getpid()}",
-            sweep=sweep,
-            **_submitted_as(read_record(run_uri)),
+            sweep=sweep or (before.sweep if before else None),
+            **_submitted_as(before),
         )
         folder = storage.join(run_uri, LOGS, self._record.logs)
         self._driver_log, self._ranks_log = (LogFile(folder, name) for name in ("driver", "ranks"))

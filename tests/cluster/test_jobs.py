@@ -30,6 +30,7 @@ def dashboard() -> Iterator[str]:
         patch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": True})
         try:
+            assert cluster.head_node is not None
             yield f"http://{cluster.head_node.webui_url}"
         finally:
             cluster.shutdown()
@@ -43,7 +44,7 @@ def submit(root: Path, dashboard: str, *overrides: str) -> jobs.Job:
 def the_job(dashboard: str) -> Any:
     from ray.job_submission import JobSubmissionClient
 
-    return max(JobSubmissionClient(dashboard).list_jobs(), key=lambda job: job.start_time)
+    return max(JobSubmissionClient(dashboard).list_jobs(), key=lambda job: job.start_time or 0)
 
 
 def test_submitted_followed_let_go_of_and_stopped(dashboard: str, tmp_path: Path) -> None:
