@@ -172,3 +172,14 @@ def stop_job(dashboard: str, job_id: str) -> str | None:
         return None
     client.stop_job(job_id)
     return f"took job {job_id} off the Ray cluster at {dashboard}"
+
+
+def job_status(dashboard: str, job_id: str) -> str:
+    """What the cluster says of it; that it does not answer, where that is so."""
+    try:
+        info = connect(dashboard).get_job_info(job_id)
+    except ConfigError as error:
+        return error.rule
+    except RuntimeError as error:  # Ray's client raises it for a job that the cluster does not know
+        return one_line(error)
+    return info.status.value.lower() + (f": {info.message}" if info.status.is_terminal() and info.message else "")

@@ -20,6 +20,7 @@ from k5dist.config import ConfigError
 from k5dist.console import console, say, show_table
 from k5dist.retry import StorageUnavailable
 from k5dist.runs.facts import Details, Place, RunFacts, details, find_run, list_runs
+from k5dist.runs.schedulers import told
 from k5dist.runs.stop import stop
 from k5dist.schema import check_names
 from k5dist.tracking.reader import read_runs
@@ -121,6 +122,8 @@ def status_rows(found: Details) -> list[tuple[str, str]]:
         rows.append(("best held out", f"{run.tracked.best_loss:.4f} (step {run.tracked.best_step})"))
     if where := _where(run):
         rows.append(("where", where))
+    if record is not None and run.state != "finished" and (scheduler := told(record)):
+        rows.append(scheduler)
     if record is not None and record.ray is not None:
         ray = record.ray
         gpus = f", {ray['gpus_free']:g} of {ray['gpus']:g} GPUs free" if ray["gpus"] else ", no GPUs"

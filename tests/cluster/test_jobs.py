@@ -101,3 +101,4 @@ def test_no_cluster_no_gpus_and_no_such_variable_are_one_message_each(dashboard:
     assert "could not give 1 node(s) with {'CPU': 1, 'GPU': 2} each within 2 s" in gpus.output
     assert "Traceback" not in gpus.output
     assert "failed" in runs(tmp_path, "list")
+    assert f"{the_job(dashboard).submission_id}: failed: " in runs(tmp_path, "status", "gpus")
