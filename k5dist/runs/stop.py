@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 
-from k5dist.cluster.record import DriverRecord, ask_to_stop, beat_seconds
+from k5dist.cluster.record import DriverRecord, ask_to_stop, beat_seconds, write_record
 from k5dist.config import ConfigError
 from k5dist.runs.facts import RunFacts
 from k5dist.runs.schedulers import cancel_waiting
@@ -27,6 +28,7 @@ def stop(run: RunFacts) -> str:
     if said is None:
         fix = f"nothing is left to stop; `python -m k5dist.runs status {run.name}` says more"
         raise ConfigError("run", run.name, f"it does not run: {run.state}", fix)
+    write_record(run.uri, dataclasses.replace(record, state="stopped"))
     return said
 
 
