@@ -83,7 +83,8 @@ def sweep_jobs(name: str, plans: Sequence[RunPlan], overrides: Sequence[Sequence
     if "precache" not in first.config.stages or first.config.stages[-1] == "precache":
         return [array]
     of_cache = {_what_is_encoded(plan): task for plan, task in zip(plans, tasks, strict=True)}
-    before = [[*task, "stages=[plan,precache]"] for task in of_cache.values()]
+    # Under names of their own: who stops a run that waits does not mean the cache of all.
+    before = [[*task, f"name={name}-cache-{at}", "stages=[plan,precache]"] for at, task in enumerate(of_cache.values())]
     other = slurm.precache_partition or slurm.partition
     nodes = slurm.precache_nodes if slurm.precache_partition else cluster.nodes
     gpus = slurm.precache_gpus_per_node if slurm.precache_partition else None

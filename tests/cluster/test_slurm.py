@@ -6,6 +6,7 @@ Slurm lets a requeued job wait for two minutes: `-m slow` asks for this test.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -111,7 +112,7 @@ def test_a_sweep_is_a_job_array_and_what_waits_is_taken_out_of_the_queue(short_f
     assert "submitted lr-sweep: job 2 after 1" in done.stdout, everything
     assert "queue: job 2_1: PENDING" in done.stdout and "took job 2_1 out of Slurm's queue" in done.stdout, everything
     second = next(line for line in done.stdout.splitlines() if line.startswith("second: ")).split()[1]
-    states = {line.split()[0]: line.split()[1] for line in done.stdout.splitlines() if line.startswith("lr-")}
+    states = dict(re.findall(r"^(lr-[0-9a-f]{10}) +(\w+)", done.stdout, re.MULTILINE))
     assert states.pop(second) == "stopped" and list(states.values()) == ["finished"], everything
     assert set(said) == {"lr-sweep-precache-4294967294", "lr-sweep-0"}, everything
     assert "14 seen, 14 encoded" in said["lr-sweep-precache-4294967294"], everything

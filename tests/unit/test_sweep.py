@@ -64,7 +64,7 @@ def test_a_job_array_after_one_job_that_makes_the_cache() -> None:
     cache, array = slurm.sweep_jobs(sweep.name, sweep.plans, sweep.overrides)
     assert "#SBATCH --array=0-3\n" in array.script and "--array" not in cache.script
     assert (cache.after_previous, array.after_previous) == (False, True)
-    assert "stages=[plan,precache]" in arguments_of(cache, 0)
+    assert arguments_of(cache, 0)[-2:] == ["name=a-sweep-cache-0", "stages=[plan,precache]"]
     for at, made in enumerate(sweep.plans):
         typed = arguments_of(array, at)
         assert f"name={made.name}" in typed and "train.batch_size=4" in typed

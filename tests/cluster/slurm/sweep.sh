@@ -8,7 +8,7 @@ export K5DIST_PROGRESS_SECONDS=0
 runs() { "$python" -m k5dist.runs "$@" "storage.root=$root/root"; }
 "$python" -m k5dist.launch -m "$@" name=lr cluster=slurm cluster.workers_per_node=1 "storage.root=$root/root" \
   "slurm.output=$root/%x-%a.out" | grep ^submitted
-waiting=$(runs list | sed -n 's/^\(lr-[0-9a-f]*\) .*Slurm job [0-9]*_1;.*/\1/p')
+waiting=$(runs list | sed -n 's/^\(lr-[0-9a-f]\{10\}\) .*Slurm job [0-9]*_1;.*/\1/p')
 echo "second: $waiting"
 runs status "$waiting" | sed -n 's/^Slurm  */queue: /p'
 runs stop "$waiting"
