@@ -31,7 +31,7 @@ from k5dist.tracking.redact import redact_text
 FILE, STOP_FILE, LOGS = "driver.json", "stop-requested", "logs"
 SCHEMA_VERSION = 1
 BEAT_LOCAL, BEAT_REMOTE = 2.0, 10.0  # seconds between looks at what changed; object storage is asked less often
-SILENT_BEATS = 6  # so many beats without a word, and a driver on another machine counts as lost
+SILENT_BEATS, SILENT_SECONDS = 6, 30.0  # so long without a word, whichever is more, and a driver counts as lost
 _LOAD_SECONDS = 10.0  # between samples of the nodes
 _PACE_POINTS = 50  # of progress, over which the pace is measured
 _CLOSE_SECONDS = 20.0
@@ -88,10 +88,10 @@ class DriverRecord:
         return False
 
     def is_lost(self, run_uri: str) -> bool:
-        """Whether it says that it runs, and does not: its process is gone, or it has been silent for too long."""
-        if self.state != "running" or self.is_here:
-            return False
-        return self.host == socket.gethostname() or time.time() - self.beat > SILENT_BEATS * beat_seconds(run_uri)
+        """Whether it says that it runs, and has been silent for too long. That its process cannot be seen says nothing
+        by itself: a container may have this machine's name and numbers of its own."""
+        silent = max(SILENT_SECONDS, SILENT_BEATS * beat_seconds(run_uri))
+        return self.state == "running" and not self.is_here and time.time() - self.beat > silent
 
 
 def beat_seconds(run_uri: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from k5dist.cluster.record import read_record
+from k5dist.cluster.record import read_record, write_record
 from k5dist.train.checkpoint import committed_steps
 from tests.cluster import faults
 from tests.cluster import job as jobs
@@ -99,4 +100,5 @@ def test_stopped_from_another_machine_and_then_lost(job: jobs.Job, root: Path) -
     again.wait()
     record = read_record(str(root / "runs" / "fox"))
     assert record is not None and record.state == "running", "nobody was there to write anything else"
+    write_record(str(root / "runs" / "fox"), dataclasses.replace(record, beat=record.beat - 60))  # a minute goes by
     assert "lost: its driver is gone" in runs(root, "status", "fox")
