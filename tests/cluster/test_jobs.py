@@ -16,7 +16,7 @@ from tests.cluster import faults
 from tests.cluster import job as jobs
 from tests.cluster.test_runs import ENDLESS, runs
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 SECRET = "hunter2hunter2"
 NAMED = {"K5_TEST_MARK": "passed on", "AWS_SECRET_ACCESS_KEY": SECRET, "K5DIST_UNNAMED": SECRET}
 
@@ -49,7 +49,7 @@ def the_job(dashboard: str) -> Any:
 
 def test_submitted_followed_let_go_of_and_stopped(dashboard: str, tmp_path: Path) -> None:
     job = submit(tmp_path, dashboard, "cluster.pass_env=[K5_TEST_MARK]")
-    job.wait_for(jobs.trained_to(2))
+    job.wait_for(jobs.trained_to(2), 300)
     info = the_job(dashboard)
     assert SECRET not in str(info), "nothing of the environment goes along by itself"
     assert info.runtime_env["env_vars"]["K5_TEST_MARK"] == "passed on"

@@ -18,7 +18,7 @@ from k5dist.train.checkpoint import committed_steps
 from tests.cluster import faults
 from tests.cluster import job as jobs
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 ENDLESS = (
     *("+flavour=t2v-tiny", "train.steps=100000", "validation.every=0", "checkpoint.every=1000000", "name=fox"),
     *("stages=[plan,precache,train]", "data.held_out=0.0"),
@@ -57,7 +57,7 @@ def _is_driver(root: Path, job: jobs.Job) -> bool:
 
 
 def test_seen_read_and_stopped(job: jobs.Job, root: Path) -> None:
-    job.wait_for(jobs.trained_to(3))
+    job.wait_for(jobs.trained_to(3), 300)
     faults.wait_until(job, lambda: _knows_much(root), "progress and nodes in its record")
     status = runs(root, "status", "fo")
     assert "running" in status and "RUNNING" in status, status
@@ -85,7 +85,7 @@ def test_seen_read_and_stopped(job: jobs.Job, root: Path) -> None:
 @pytest.mark.skipif(os.getuid() != 0 or shutil.which("unshare") is None, reason="another host's name needs root")
 def test_stopped_from_another_machine_and_then_lost(job: jobs.Job, root: Path) -> None:
     """The other machine has another name and the run's folder, and that is all."""
-    job.wait_for(jobs.trained_to(1))
+    job.wait_for(jobs.trained_to(1), 300)
     elsewhere = ("unshare", "--uts", "sh", "-c", 'hostname elsewhere; exec "$@"', "sh")
     assert "to stop (it looks every 2 s)" in runs(root, "stop", "fox", before=elsewhere)
     assert job.wait() == 130, job.output
