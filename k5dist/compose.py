@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -62,6 +65,37 @@ def normalise_arguments(arguments: list[str]) -> list[str]:
     if not any(argument.startswith("+flavour=") for argument in arguments):
         arguments.insert(0, f"+flavour={DEFAULT_FLAVOUR}")
     return arguments
+
+
+def expand_sweep(overrides: list[str]) -> list[list[str]]:
+    """The runs of a sweep, as Hydra's grid has them: all combinations of `key=a,b`, `range()`, `choice()`, `glob()`.
+
+    Raises:
+        ConfigError: for what cannot be parsed, and where nothing is swept.
+    """
+    overrides = normalise_arguments(overrides)
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
+            loader = GlobalHydra.instance().config_loader()
+            parsed = OverridesParser.create(config_loader=loader).parse_overrides(overrides)
+            axes = [_values(override) for override in parsed]
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _composition_error(error, overrides, "config") from error
+    if all(len(axis) == 1 for axis in axes):
+        fix = "optimizer.lr=1e-5,3e-5 with -m; without -m for a single run"
+        raise ConfigError("--multirun", " ".join(overrides), "no key has several values", fix)
+    return [list(combination) for combination in itertools.product(*axes)]
+
+
+def _values(override: Override) -> list[str]:
+    """The overrides of one value each that `override` stands for."""
+    if not override.is_sweep_override():
+        return [override.input_line or ""]
+    if not override.is_discrete_sweep():
+        fix = "a list (a,b), range(), choice() or glob()"
+        raise ConfigError(override.get_key_element(), override.input_line, "a grid needs single values", fix)
+    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
 def compose(overrides: list[str], config_name: str = "config") -> DictConfig:

@@ -1,4 +1,4 @@
-"""The terminal: tables, progress bars, and plain lines where nobody watches."""
+"""The terminal: tables, progress bars, and plain lines where nobody watches. Listeners get all of it, too."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -21,9 +21,31 @@ if not console.is_terminal:
 _PLAIN_INTERVAL = float(os.environ.get("K5DIST_PROGRESS_SECONDS", "5"))
 
 
+class Listener(Protocol):
+    """Whoever keeps what the user is told; called from the thread that tells it."""
+
+    def line(self, text: str) -> None: ...
+
+    def progress(self, name: str, done: int, total: int) -> None: ...
+
+
+_listeners: list[Listener] = []
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
 def say(text: str) -> None:
     """One line for the user, verbatim (no markup)."""
     console.print(text, markup=False)
+    for listener in _listeners:
+        listener.line(text)
 
 
 def show_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
@@ -33,6 +55,8 @@ def show_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
     for name, value in rows:
         table.add_row(name, value)
     console.print(table)
+    for listener in _listeners:
+        listener.line("\n".join([title, *(f"{name:<16} {value}" for name, value in rows)]))
 
 
 class Bar:
@@ -49,13 +73,19 @@ class Bar:
 
     def to(self, done: int, note: str = "") -> None:
         self.done = done
+        for listener in _listeners:
+            listener.progress(self.name, done, self.total)
+        now = time.monotonic()
+        due = done >= self.total or now - self._last_line >= _PLAIN_INTERVAL
+        text = f"{self.name}: {done}/{self.total}{'  ' + note if note else ''}"
+        if due:
+            self._last_line = now
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=done, note=note)
-            return
-        now = time.monotonic()
-        if done >= self.total or now - self._last_line >= _PLAIN_INTERVAL:
-            self._last_line = now
-            say(f"{self.name}: {done}/{self.total}{'  ' + note if note else ''}")
+            for listener in _listeners if due else ():
+                listener.line(text)
+        elif due:
+            say(text)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,7 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from k5dist import fit, storage
+from k5dist import fit, storage, sweep
 from k5dist.cluster import submission
 from k5dist.compose import compose, config_folder, expand_files, normalise_arguments, to_run_config
 from k5dist.config import ConfigError, RunConfig
@@ -26,6 +27,7 @@ from k5dist.plan import ClusterFacts, Estimates, RunPlan, estimates, make_plan
 from k5dist.retry import StorageUnavailable
 
 REFERENCE_NABLA_TOKENS = 16_384  # a head's boolean mask of S × S stays below 300 MB
+_MULTIRUN = {"-m", "--multirun"}
 EXIT_CONFIG, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
 
 
@@ -174,26 +176,40 @@ def _duration(costs: Estimates) -> str:
     return f"about {costs.step_seconds:.1f} s ({flops}; assuming {'; '.join(costs.notes)})"
 
 
-def launch(composed: DictConfig) -> int:
-    """One job, from a composed configuration to an exit status."""
+def launch(composed: DictConfig, overrides: Sequence[str] = ()) -> int:
+    """One job, from a composed configuration to an exit status. `overrides` are what was typed."""
+    return _guarded(lambda: _launch(to_run_config(composed), OmegaConf.to_yaml(composed), overrides))
+
+
+def _launch(config: RunConfig, resolved_yaml: str, overrides: Sequence[str]) -> int:
+    console.stderr = config.cluster.dry_run  # standard output is what would be submitted, and that alone
+    plan = prepare(config)
+    if config.stages == ("plan",):
+        if not storage.exists(plan.plan_uri):  # a run that is under way keeps the plan its workers read
+            storage.publish_bytes(plan.plan_uri, plan.to_json().encode())
+        say(f"plan: {plan.plan_uri}")
+        return 0
+    if submission.is_submitted(config.cluster):
+        refuse_unfinished(plan)
+        return submission.submit(plan, overrides)
+    return run_plan(plan, resolved_yaml)
+
+
+def prepare(config: RunConfig) -> RunPlan:
+    """The plan, shown, with everything checked that can be checked before anything runs."""
+    plan = plan_run(config)
+    show_plan(plan)
+    _warn(config)
+    if not submission.is_elsewhere(config):
+        storage.check_writable("storage.root", storage.normalise(config.storage.root))
+        _check_folder(plan)
+    return plan
+
+
+def _guarded(work: Callable[[], int]) -> int:
+    """What a user can mend in one block, in place of a traceback."""
     try:
-        config = to_run_config(composed)
-        console.stderr = config.cluster.dry_run  # standard output is what would be submitted, and that alone
-        plan = plan_run(config)
-        show_plan(plan)
-        _warn(config)
-        if not submission.is_elsewhere(config):
-            storage.check_writable("storage.root", storage.normalise(config.storage.root))
-            _check_folder(plan)
-        if config.stages == ("plan",):
-            if not storage.exists(plan.plan_uri):  # a run that is under way keeps the plan its workers read
-                storage.publish_bytes(plan.plan_uri, plan.to_json().encode())
-            say(f"plan: {plan.plan_uri}")
-            return 0
-        if submission.is_submitted(config.cluster):
-            refuse_unfinished(plan)
-            return submission.submit(plan, list(HydraConfig.get().overrides.task))
-        return run_plan(plan, OmegaConf.to_yaml(composed))
+        return work()
     except ConfigError as error:
         sys.stderr.write(error.block() + "\n")
         return EXIT_CONFIG
@@ -215,38 +231,41 @@ def _check_folder(plan: RunPlan) -> None:
         raise ConfigError("name", plan.name, rule, "choose another name, or resume=never to replace what is there")
 
 
-def run_plan(plan: RunPlan, resolved_yaml: str) -> int:
+def run_plan(plan: RunPlan, resolved_yaml: str, sweep_name: str | None = None) -> int:
     from k5dist.cluster.driver import TrainingFailed, run_stages, tracked_run
+    from k5dist.cluster.record import Recorder, refuse_second
     from k5dist.precache.pipeline import PrecacheError, check_source
     from k5dist.precache.sources import Listing
     from k5dist.precache.upkeep import CacheDamaged
-    from k5dist.tracking.run import TrackingUnreachable, check_tracking
 
     refuse_unfinished(plan)
+    refuse_second(plan.run_uri)
     source = check_source(plan) if plan.config.prepares else Listing.of(())
-    try:
-        check_tracking(plan.tracking_uri)
-    except TrackingUnreachable as error:
-        raise ConfigError(
-            "tracking.uri", plan.tracking_uri, str(error), "start the server, or leave it null"
-        ) from error
+    sweep.check_store(plan)
     if plan.config.resume == "never" and plan.config.needs_gpu:
         storage.remove(plan.run_uri)
     storage.publish_bytes(plan.plan_uri, plan.to_json().encode())
     storage.publish_bytes(storage.join(plan.run_uri, "config.yaml"), resolved_yaml.encode())
     root = storage.normalise(plan.config.storage.root)
+    record = Recorder(plan.run_uri, sweep_name)
     try:
-        with tracked_run(plan, storage.join(root, "mlartifacts")) as tracked:
-            storage.publish_bytes(storage.join(plan.run_uri, "tracking.json"), _tracking_json(tracked.run_id))
-            tracked.log_config(resolved_yaml, plan.to_json(), _flat(plan.config.to_mapping()))
-            tracked.log_git(Path(__file__).parent.parent)
-            summary = run_stages(plan, tracked, source)
-            summary.append(("tracking", tracked.url))
-        show_table("Done", summary)
+        with record:
+            with tracked_run(plan, storage.join(root, "mlartifacts")) as tracked:
+                storage.publish_bytes(storage.join(plan.run_uri, "tracking.json"), _tracking_json(tracked.run_id))
+                tracked.log_config(resolved_yaml, plan.to_json(), _flat(plan.config.to_mapping()))
+                tracked.log_git(Path(__file__).parent.parent)
+                summary = run_stages(plan, tracked, source, record)
+                summary.append(("tracking", tracked.url))
+            show_table("Done", summary)
         return 0
     except (TrainingFailed, PrecacheError, CacheDamaged) as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
-    except (ConfigError, StorageUnavailable, KeyboardInterrupt):
+    except KeyboardInterrupt:
+        if sweep_name is None or not record.asked_to_stop:
+            raise
+        say("stopped by name; the sweep goes on")
+        return EXIT_INTERRUPTED
+    except (ConfigError, StorageUnavailable):
         raise
     except Exception:
         sys.stderr.write(traceback.format_exc())
@@ -281,7 +300,7 @@ def _interrupt(*_: object) -> NoReturn:
 @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")
 def _job(composed: DictConfig) -> None:
     # Hydra turns exceptions into its own report and status; ours have been handled by then.
-    status = launch(composed)
+    status = launch(composed, HydraConfig.get().overrides.task)
     if status:
         sys.stdout.flush()
         sys.exit(status)
@@ -292,18 +311,22 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1):  # what schedulers say where a person types Ctrl-C
         signal.signal(number, _interrupt)
     try:
-        sys.argv[1:] = normalise_arguments(expand_files(sys.argv[1:]))
+        arguments = expand_files(sys.argv[1:])
     except ConfigError as error:
         sys.stderr.write(error.block() + "\n")
         sys.exit(EXIT_CONFIG)
-    overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
-    if not any(argument in ("-m", "--multirun") for argument in sys.argv[1:]):
-        try:
-            compose(overrides)
-        except ConfigError as error:
-            sys.stderr.write(error.block() + "\n")
-            sys.exit(EXIT_CONFIG)
-        GlobalHydra.instance().clear()
+    if arguments[:1] == ["--resolved"]:
+        sys.exit(_guarded(lambda: sweep.resolved(arguments[1:], prepare, run_plan)))
+    if _MULTIRUN.intersection(arguments):
+        typed = [argument for argument in arguments if argument not in _MULTIRUN]
+        sys.exit(_guarded(lambda: sweep.multirun(typed, plan_run, prepare, run_plan)))
+    sys.argv[1:] = normalise_arguments(arguments)
+    try:
+        compose([argument for argument in sys.argv[1:] if not argument.startswith("-")])
+    except ConfigError as error:
+        sys.stderr.write(error.block() + "\n")
+        sys.exit(EXIT_CONFIG)
+    GlobalHydra.instance().clear()
     _job()
 
 

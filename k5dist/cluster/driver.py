@@ -13,8 +13,9 @@ import ray
 from ray.exceptions import RayActorError
 
 from k5dist import storage
-from k5dist.cluster.gang import Gang
+from k5dist.cluster.gang import Gang, check_room
 from k5dist.cluster.interrupts import Interrupts
+from k5dist.cluster.record import Recorder
 from k5dist.cluster.session import ray_session
 from k5dist.cluster.videos import Item, VideoQueue
 from k5dist.config import ConfigError
@@ -62,6 +63,8 @@ def tracked_run(plan: RunPlan, artifact_root: str) -> TrackedRun:
     run_id = json.loads(storage.read_text(uri))["run_id"] if storage.exists(uri) else None
     tags = {"flavour": plan.config.flavour.name, "run_fingerprint": plan.run_fingerprint}
     tags |= {"cache_fingerprint": plan.cache_fingerprint, "run_uri": plan.run_uri}
+    if plan.config.tracking.parent is not None:
+        tags["mlflow.parentRunId"] = plan.config.tracking.parent
     return TrackedRun(
         uri=plan.tracking_uri,
         experiment=plan.config.tracking.experiment,
@@ -72,7 +75,7 @@ def tracked_run(plan: RunPlan, artifact_root: str) -> TrackedRun:
     )
 
 
-def run_stages(plan: RunPlan, tracked: TrackedRun, source: Listing) -> list[tuple[str, str]]:
+def run_stages(plan: RunPlan, tracked: TrackedRun, source: Listing, record: Recorder) -> list[tuple[str, str]]:
     """Everything after planning; returns the rows of the closing summary."""
     ensure_generated(plan)
     stages = plan.config.stages
@@ -80,7 +83,11 @@ def run_stages(plan: RunPlan, tracked: TrackedRun, source: Listing) -> list[tupl
     damaged = _verify(plan, tracked, summary) if "verify" in stages else False
     heavy = damaged or bool(set(stages) & _ON_RAY)
     with ray_session(plan.config.cluster) if heavy else contextlib.nullcontext():
+        if plan.config.cluster.kind == "ray" and heavy:
+            record.stage("wait for nodes")
+            check_room(plan)
         if "precache" in stages or damaged:
+            record.stage("precache")
             done = precache(plan, source)
             show_table("Precache", done.rows())
             tracked.log_metrics(done.metrics(), step=0)
@@ -89,10 +96,11 @@ def run_stages(plan: RunPlan, tracked: TrackedRun, source: Listing) -> list[tupl
             if done.failures:
                 summary.append(("failed clips", f"{len(done.failures)}, see failures.parquet in the cache"))
         if "train" in stages or "validate" in stages:
-            with TrainingStage(plan, tracked) as training:
+            with TrainingStage(plan, tracked, record) as training:
                 training.run()
                 summary += training.summary()
         if "export" in stages:
+            record.stage("export")
             summary += _export(plan, tracked)
     if "prune" in stages:
         summary.append(("pruned", f"{prune_cache(plan)} samples"))
@@ -119,8 +127,8 @@ def _verify(plan: RunPlan, tracked: TrackedRun, summary: list[tuple[str, str]]) 
 class TrainingStage:
     """Runs the gang to its end, over crashes, and turns the workers' events into metrics, videos and progress."""
 
-    def __init__(self, plan: RunPlan, tracked: TrackedRun) -> None:
-        self.plan, self.tracked = plan, tracked
+    def __init__(self, plan: RunPlan, tracked: TrackedRun, record: Recorder) -> None:
+        self.plan, self.tracked, self.record = plan, tracked, record
         self.videos = VideoQueue(plan)
         self.last_step = 0
         self.losses: dict[int, float] = {}
@@ -149,6 +157,7 @@ class TrainingStage:
             say(f"training: step {probed_step(self.plan)} is reached, nothing to train")
             return
         steps = self.plan.config.train.steps
+        self.record.stage("train" if "train" in self.plan.config.stages else "validate")
         restarts = 0
         with progress_bar("train", steps) as bar:
             while True:
@@ -176,7 +185,7 @@ class TrainingStage:
     def _attempt(self, bar: Bar) -> str | None:
         """One gang; None when it ended well, else what happened."""
         self.failure, self.ended_at = None, None
-        with Gang(self.plan) as gang:
+        with Gang(self.plan) as gang, self.record.watching(gang.loads):
             try:
                 gang.start()
                 return self._follow(gang.output(), bar)
@@ -202,6 +211,7 @@ class TrainingStage:
     def _on_line(self, line: str, bar: Bar) -> None:
         event = parse(line)
         self._log.write(line + "\n")
+        self.record.rank_line(line, event)
         if event is not None:
             self._on_event(event, bar)
         elif line.strip():

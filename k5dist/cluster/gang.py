@@ -25,12 +25,13 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from k5dist.cluster.load import node_load
 from k5dist.config import ConfigError
 from k5dist.plan import RunPlan
 
 WORKER_MODULE = "k5dist.train.worker"
-_PLACE_SECONDS = 60
 _BATCH_SECONDS = 0.1
+_LOAD_SECONDS = 5
 # What Ray and an outer torchrun leave in the environment would mislead the inner one.
 _STRIPPED = ("RAY_", "TORCHELASTIC_", "MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK", "ROLE_")
 
@@ -109,6 +110,9 @@ class Agent:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
 
+    def load(self) -> dict[str, Any]:
+        return {"node": ray.util.get_node_ip_address(), **node_load()}
+
     def _workers(self) -> list[psutil.Process]:
         if self.process is None or self.process.poll() is not None:
             return []
@@ -166,6 +170,38 @@ def _environment(launch: Launch) -> dict[str, str]:
     return {**kept, **fixed}
 
 
+def check_room(plan: RunPlan) -> None:
+    """Wait for the nodes and GPUs of the training, or of a precache alone, and leave them free again.
+
+    Raises:
+        ConfigError: when they are not there within `cluster.wait_seconds`.
+    """
+    world = plan.world
+    trains = "train" in plan.config.stages or "validate" in plan.config.stages
+    nodes, workers = (world.nodes, world.workers_per_node) if trains else (1, 1)
+    remove_placement_group(_placed(plan, nodes, workers))
+
+
+def _placed(plan: RunPlan, nodes: int, workers: int) -> PlacementGroup:
+    """A bundle a node, each on another; raises ConfigError where the cluster cannot give them in time."""
+    bundle: dict[str, float] = {"CPU": 1, **({"GPU": workers} if plan.world.device == "cuda" else {})}
+    strategy = "STRICT_SPREAD" if nodes > 1 else "STRICT_PACK"
+    seconds = plan.config.cluster.wait_seconds
+    group = placement_group([bundle] * nodes, strategy=strategy)
+    try:
+        if ray.wait([group.ready()], timeout=seconds)[0]:
+            return group
+        have = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
+        alive = sum(node["Alive"] for node in ray.nodes())
+        wanted = f"{nodes} node(s) with {bundle} each"
+        rule = f"the Ray cluster could not give {wanted} within {seconds} s (free: {have} on {alive} nodes)"
+        fix = "ask for less, add nodes, or wait longer with cluster.wait_seconds"
+        raise ConfigError("cluster.nodes", nodes, rule, fix)
+    except BaseException:
+        remove_placement_group(group)
+        raise
+
+
 class Gang:
     """The placement group and its agents; a context manager that leaves nothing running."""
 
@@ -177,18 +213,9 @@ class Gang:
 
     def __enter__(self) -> Gang:
         world = self.plan.world
+        self._group = _placed(self.plan, world.nodes, world.workers_per_node)
         gpus = world.workers_per_node if world.device == "cuda" else 0
-        bundle: dict[str, float] = {"CPU": 1, **({"GPU": gpus} if gpus else {})}
-        strategy = "STRICT_SPREAD" if world.nodes > 1 else "STRICT_PACK"
-        self._group = placement_group([bundle] * world.nodes, strategy=strategy)
         try:
-            ready, _ = ray.wait([self._group.ready()], timeout=_PLACE_SECONDS)
-            if not ready:
-                have = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
-                alive = sum(node["Alive"] for node in ray.nodes())
-                wanted = f"{world.nodes} node(s) with {bundle} each"
-                rule = f"the Ray cluster cannot give {wanted} (free: {have} on {alive} nodes)"
-                raise ConfigError("cluster.nodes", world.nodes, rule, "ask for less, or add nodes and try again")
             for i in range(world.nodes):
                 place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=i)
                 options = {"num_cpus": 1, "num_gpus": gpus, "max_concurrency": 4, "scheduling_strategy": place}
@@ -211,6 +238,10 @@ class Gang:
 
     def ask_to_stop(self) -> None:
         ray.get([agent.ask_to_stop.remote() for agent in self._agents], timeout=30)
+
+    def loads(self) -> list[dict[str, Any]]:
+        """How busy the nodes are, the first one's first."""
+        return ray.get([agent.load.remote() for agent in self._agents], timeout=_LOAD_SECONDS)
 
     def start(self) -> None:
         """Begin one attempt; `output` follows it."""

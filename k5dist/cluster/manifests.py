@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from k5dist.cluster.record import RAYJOB, RAYJOB_NAMESPACE
 from k5dist.cluster.session import WAIT_NODES_VARIABLE
 from k5dist.config import ConfigError, KubernetesConfig
 from k5dist.plan import RunPlan
@@ -138,6 +139,8 @@ def _head(plan: RunPlan, given: Sequence[str] | None) -> Manifest:
         WAIT_NODES_VARIABLE: plan.world.nodes + 1,  # precache sizes itself by the nodes it finds
         "RAY_JOB_STOP_WAIT_TIME_S": kubernetes.stop_seconds,
     }
+    if given is not None:
+        environment |= {RAYJOB: object_name(plan.name), RAYJOB_NAMESPACE: kubernetes.namespace}
     container = {
         **_container(kubernetes, "ray-head", "head", environment),
         "resources": _resources({"cpu": str(kubernetes.head_cpus), "memory": str(kubernetes.head_memory)}),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import tempfile
 import threading
 import time
@@ -13,12 +12,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from k5dist.config import ClusterConfig, ConfigError
+from k5dist.config.cluster import is_secret_name
 
 _ATTACH_SECONDS = 30
 _NODES_SECONDS = 120
 WAIT_NODES_VARIABLE = "K5DIST_WAIT_NODES"  # set where the nodes of an allocation come up one by one
 _LONGEST_TEMPORARY = 30  # characters; Ray adds 73
-_SECRET = re.compile("KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL")
 _PROPAGATED = ("K5DIST_", "AWS_", "S3_", "FSSPEC_", "HF_", "CUDA_", "NCCL_", "GLOO_", "TORCH_", "OMP_")
 
 
@@ -80,7 +79,9 @@ def _attach(address: str, options: dict[str, Any]) -> None:
     import ray
 
     # Ray stores and logs a job's environment: what is secret stays in the nodes' own environment or profile.
-    environment = {k: v for k, v in os.environ.items() if k.startswith(_PROPAGATED) and not _SECRET.search(k)}
+    # A job of the Jobs API has one of its own, of which ours says the same.
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+    environment = {k: v for k, v in os.environ.items() if k.startswith(_PROPAGATED) and not is_secret_name(k)}
     ray.init(address=address, runtime_env={"env_vars": environment}, **options)
     _wait_for_nodes(int(os.environ.get(WAIT_NODES_VARIABLE, "1")))
 

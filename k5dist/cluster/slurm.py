@@ -9,11 +9,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import k5dist
+from k5dist.cluster.record import submitted, write_record
 from k5dist.config import ConfigError, SlurmConfig
+from k5dist.console import say
 from k5dist.plan import RunPlan
 
 _SUBMIT_SECONDS = 60
@@ -46,11 +48,13 @@ def jobs(plan: RunPlan, overrides: Sequence[str]) -> list[SlurmJob]:
     rest = [stage for stage in stages if stage not in _BEFORE_TRAINING]
     if slurm.precache_partition is None or "precache" not in first or not rest:
         cluster = plan.config.cluster
-        return [_job(plan, overrides, plan.name, slurm.partition, cluster.nodes, cluster.gpus_per_node, after=False)]
+        tasks = [[*overrides, _batch(plan)]]
+        return [_job(plan, tasks, plan.name, slurm.partition, cluster.nodes, cluster.gpus_per_node, after=False)]
     gpus = plan.config.cluster.gpus_per_node
     other = gpus if slurm.precache_gpus_per_node is None else slurm.precache_gpus_per_node
-    before = [*overrides, f"stages=[{','.join(first)}]"]
-    behind = [*overrides, f"stages=[{','.join(['plan', *rest])}]", "resume=auto"]  # resume=never has been done before
+    before = [[*overrides, f"stages=[{','.join(first)}]", _batch(plan)]]
+    # resume=never has been done by then.
+    behind = [[*overrides, f"stages=[{','.join(['plan', *rest])}]", "resume=auto", _batch(plan)]]
     name = f"{plan.name}-precache"
     return [
         _job(plan, before, name, slurm.precache_partition, slurm.precache_nodes, other, after=False),
@@ -58,9 +62,51 @@ def jobs(plan: RunPlan, overrides: Sequence[str]) -> list[SlurmJob]:
     ]
 
 
+def sweep_jobs(name: str, plans: Sequence[RunPlan], overrides: Sequence[Sequence[str]]) -> list[SlurmJob]:
+    """A job array with a task a run. Before it one that makes the caches, each once: tasks that all begin with an empty
+    cache would encode the same clips at the same time.
+
+    Raises:
+        ConfigError: where the runs ask for different machines, which tasks of one array cannot.
+    """
+    first = plans[0]
+    for plan in plans:
+        if (plan.config.slurm, plan.config.cluster) != (first.config.slurm, first.config.cluster):
+            rule = "the tasks of a job array all ask for the same nodes, GPUs and partition"
+            raise ConfigError("cluster, slurm", plan.name, rule, "sweep other keys, or submit these runs one by one")
+    cluster, slurm = first.config.cluster, first.config.slurm
+    tasks = [
+        [*typed, f"name={plan.name}", f"tracking.parent={plan.config.tracking.parent or 'null'}", _batch(plan)]
+        for plan, typed in zip(plans, overrides, strict=True)
+    ]
+    array = _job(first, tasks, name, slurm.partition, cluster.nodes, cluster.gpus_per_node, after=False)
+    if "precache" not in first.config.stages or first.config.stages[-1] == "precache":
+        return [array]
+    of_cache = {_what_is_encoded(plan): task for plan, task in zip(plans, tasks, strict=True)}
+    # Under names of their own: who stops a run that waits does not mean the cache of all.
+    before = [[*task, f"name={name}-cache-{at}", "stages=[plan,precache]"] for at, task in enumerate(of_cache.values())]
+    other = slurm.precache_partition or slurm.partition
+    nodes = slurm.precache_nodes if slurm.precache_partition else cluster.nodes
+    gpus = slurm.precache_gpus_per_node if slurm.precache_partition else None
+    gpus = cluster.gpus_per_node if gpus is None else gpus
+    return [
+        _job(first, before, f"{name}-precache", other, nodes, gpus, after=False),
+        replace(array, after_previous=True),
+    ]
+
+
+def _what_is_encoded(plan: RunPlan) -> tuple[str, str, str]:
+    return plan.cache_fingerprint, plan.features_id, repr(plan.config.data)
+
+
+def _batch(plan: RunPlan) -> str:
+    """Inside, the plan is this one: the batch is settled here, and where it runs is the script's own to say."""
+    return f"train.batch_size={plan.batch_size}"
+
+
 def _job(
     plan: RunPlan,
-    overrides: Sequence[str],
+    tasks: Sequence[Sequence[str]],
     name: str,
     partition: str | None,
     nodes: int,
@@ -68,6 +114,7 @@ def _job(
     *,
     after: bool,
 ) -> SlurmJob:
+    """`tasks` are the overrides of each; of more than one an array is made."""
     slurm = plan.config.slurm
     gpus = plan.world.workers_per_node if gpus is None and plan.world.device == "cuda" else gpus
     options = [f"--job-name={name}", f"--nodes={nodes}", "--ntasks-per-node=1", "--requeue", "--open-mode=append"]
@@ -75,17 +122,22 @@ def _job(
     wanted = {"partition": partition, "account": slurm.account, "qos": slurm.qos, "time": slurm.time}
     options += [f"--{option}={value}" for option, value in wanted.items() if value is not None]
     options += [f"--gpus-per-node={gpus}"] if gpus else []
+    options += [f"--array=0-{len(tasks) - 1}"] if len(tasks) > 1 else []
     lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in [*options, *slurm.options]), "set -euo pipefail"]
     lines += [f"export {key}={shlex.quote(value)}" for key, value in _settings(slurm).items()]
-    # Inside, the plan is this one: the batch is settled here, and where it runs is the script's own to say.
-    inside = [*overrides, f"train.batch_size={plan.batch_size}"]
-    lines += [
-        "set -- \\",
-        *(f"  {shlex.quote(override)} \\" for override in inside[:-1]),
-        f"  {shlex.quote(inside[-1])}",
-    ]
+    lines += _arguments(tasks)
     body = (_folder() / "in_allocation.sh").read_text()
     return SlurmJob(name, "\n".join([*lines, "", body]), after)
+
+
+def _arguments(tasks: Sequence[Sequence[str]]) -> list[str]:
+    """Lines that make a task's overrides the script's positional parameters."""
+    quoted = [[f"  {shlex.quote(override)}" for override in task] for task in tasks]
+    sets = [["set -- \\", *(f"{line} \\" for line in lines[:-1]), lines[-1]] for lines in quoted]
+    if len(sets) == 1:
+        return sets[0]
+    cases = [line for at, lines in enumerate(sets) for line in (f"{at})", *lines, ";;")]
+    return ['case "$SLURM_ARRAY_TASK_ID" in', *cases, "esac"]
 
 
 def _settings(slurm: SlurmConfig) -> dict[str, str]:
@@ -103,8 +155,8 @@ def _folder() -> Path:
     return packaged / "slurm" if (packaged / "slurm").is_dir() else packaged.parent / "slurm"
 
 
-def submit(scripts: Sequence[SlurmJob]) -> list[str]:
-    """Submit them; returns lines for the user.
+def submit(scripts: Sequence[SlurmJob]) -> tuple[list[str], list[str]]:
+    """Submit them; returns their numbers, and lines for the user.
 
     Raises:
         ConfigError: where Slurm refuses one; those submitted before it are cancelled.
@@ -123,8 +175,22 @@ def submit(scripts: Sequence[SlurmJob]) -> list[str]:
             raise
         waits = f" after {numbers[-2]}" if job.after_previous else ""
         said.append(f"submitted {job.name}: job {numbers[-1]}{waits}")
-    said.append(f"look: squeue --jobs={','.join(numbers)}   stop and keep: scancel --signal=USR1 --batch <job>")
-    return said
+    said.append(f"look: squeue --jobs={','.join(numbers)}   save and queue again: scancel --signal=USR1 --batch <job>")
+    return numbers, said
+
+
+def submit_run(plan: RunPlan, overrides: Sequence[str]) -> int:
+    """Hand the same command to Slurm, or print it (`cluster.dry_run`); it runs `launch` again inside its allocation."""
+    made = jobs(plan, overrides)
+    if plan.config.cluster.dry_run:
+        for job in made:
+            sys.stdout.write(job.script)
+        return 0
+    numbers, lines = submit(made)
+    write_record(plan.run_uri, submitted(slurm_job_id=numbers[-1]))
+    for line in lines:
+        say(line)
+    return 0
 
 
 def _sbatch(script: str, options: Sequence[str]) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 
 from k5dist import estimate
-from k5dist.config import ClusterConfig, ConfigError, RunConfig
-from k5dist.console import say
+from k5dist.config import ClusterConfig, ConfigError, KubernetesConfig, RunConfig
 from k5dist.plan import ClusterFacts, RunPlan
 
 _GPU_LABEL = "nvidia.com/gpu.product"
@@ -15,7 +15,7 @@ _GPU_LABEL = "nvidia.com/gpu.product"
 
 def is_submitted(cluster: ClusterConfig) -> bool:
     """Whether the command only submits the run, which then runs elsewhere by the same command."""
-    return cluster.kind in ("slurm", "kubernetes")
+    return cluster.kind in ("slurm", "kubernetes") or cluster.submit
 
 
 def is_elsewhere(config: RunConfig) -> bool:
@@ -47,8 +47,29 @@ def submit(plan: RunPlan, overrides: Sequence[str]) -> int:
     Raises:
         ConfigError: where the scheduler refuses it; nothing of it is left there.
     """
-    if plan.config.cluster.kind == "slurm":
-        return _to_slurm(plan, overrides)
+    kind = plan.config.cluster.kind
+    if kind == "slurm":
+        from k5dist.cluster import slurm
+
+        return slurm.submit_run(plan, overrides)
+    if kind == "kubernetes":
+        return _to_kubernetes(plan, overrides, plan.config.kubernetes)
+    from k5dist.cluster import jobs
+
+    return jobs.follow(jobs.submit([plan]))
+
+
+def submit_each(plans: Sequence[RunPlan], overrides: Sequence[Sequence[str]]) -> int:
+    """A sweep's runs as RayJobs side by side, none of them followed: the cluster's queue puts them in order."""
+    for plan, typed in zip(plans, overrides, strict=True):
+        if plan.config.cluster.dry_run:
+            sys.stdout.write("---\n")
+        alone = [*typed, f"name={plan.name}", f"tracking.parent={plan.config.tracking.parent or 'null'}"]
+        _to_kubernetes(plan, alone, dataclasses.replace(plan.config.kubernetes, follow=False))
+    return 0
+
+
+def _to_kubernetes(plan: RunPlan, overrides: Sequence[str], kubernetes: KubernetesConfig) -> int:
     from k5dist.cluster import manifests
 
     rayjob = manifests.rayjob(plan, overrides)
@@ -58,17 +79,4 @@ def submit(plan: RunPlan, overrides: Sequence[str]) -> int:
     from k5dist.cluster.kubernetes_api import Api
     from k5dist.cluster.rayjob import run
 
-    return run(Api(plan.config.kubernetes), rayjob, plan.config.kubernetes)
-
-
-def _to_slurm(plan: RunPlan, overrides: Sequence[str]) -> int:
-    from k5dist.cluster import slurm
-
-    jobs = slurm.jobs(plan, overrides)
-    if plan.config.cluster.dry_run:
-        for job in jobs:
-            sys.stdout.write(job.script)
-        return 0
-    for line in slurm.submit(jobs):
-        say(line)
-    return 0
+    return run(Api(kubernetes), rayjob, kubernetes)

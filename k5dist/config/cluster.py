@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 from k5dist.schema import ConfigError, one_of, positive
+
+_SECRET_NAME = re.compile("KEY|SECRET|TOKEN|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +29,9 @@ class ClusterConfig:
     gpus_per_node: int | None
     workers_per_node: int | None
     address: str | None
+    submit: bool
+    pass_env: tuple[str, ...]
+    wait_seconds: int
     max_restarts: int
     dry_run: bool
 
@@ -36,8 +42,33 @@ class ClusterConfig:
             raise ConfigError("cluster.gpus_per_node", self.gpus_per_node, "GPUs ≥ 0", "cluster.gpus_per_node=8")
         if self.workers_per_node is not None:
             positive("cluster.workers_per_node", self.workers_per_node)
+        positive("cluster.wait_seconds", self.wait_seconds)
+        self._check_submission()
         if self.max_restarts < 0:
             raise ConfigError("cluster.max_restarts", self.max_restarts, "restarts ≥ 0", "cluster.max_restarts=3")
+
+    def _check_submission(self) -> None:
+        if self.submit and self.kind != "ray":
+            rule = "the Jobs API is Ray's; slurm and kubernetes submit anyway"
+            raise ConfigError("cluster.submit", True, rule, "cluster=ray cluster.submit=true")
+        if self.submit and self.address is not None and not self.address.startswith(("http://", "https://")):
+            rule = "jobs are submitted to the address of the cluster's dashboard"
+            host = self.address.rpartition("://")[2].split(":")[0]
+            fix = f"cluster.address=http://{host}:8265"
+            raise ConfigError("cluster.address", self.address, rule, fix)
+        for name in self.pass_env:
+            if not re.fullmatch(r"[A-Za-z_]\w*", name):
+                raise ConfigError("cluster.pass_env", name, "a variable's name, without its value", "[NCCL_DEBUG]")
+            if is_secret_name(name):
+                rule = "Ray stores and shows a job's environment: what looks like a credential does not go into it"
+                raise ConfigError(
+                    "cluster.pass_env", name, rule, "set it on the cluster's nodes, or use a profile there"
+                )
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether an environment variable looks like a credential."""
+    return bool(_SECRET_NAME.search(name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,3 +80,4 @@ class StorageConfig:
 class TrackingConfig:
     uri: str | None
     experiment: str
+    parent: str | None

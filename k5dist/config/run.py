@@ -186,7 +186,7 @@ class RunConfig:
         uris |= {dataset.key("source"): dataset.source for dataset in self.datasets}
         uris |= {f"validation.images[{at}]": uri for at, uri in enumerate(self.validation.images)}
         uris |= {"pretrained": self.pretrained, "validation.clip_model": self.validation.clip_model}
-        uris |= {"lora.init_from": self.lora.init_from}
+        uris |= {"lora.init_from": self.lora.init_from, "cluster.address": self.cluster.address}
         for key, uri in uris.items():
             scheme, separator, rest = (uri or "").partition("://")
             authority = rest.split("/", 1)[0]

@@ -106,7 +106,7 @@ def _check_sqlite(uri: str) -> None:
         raise TrackingUnreachable(f"tracking store {uri} cannot be written ({error}): {fix}") from error
 
 
-def _make_client(uri: str) -> MlflowClient:
+def make_client(uri: str) -> MlflowClient:
     """MLflow's client, with MLflow itself told to be quiet; importing it takes seconds, so that happens only here."""
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     os.environ["DO_NOT_TRACK"] = "true"
@@ -152,7 +152,7 @@ class TrackedRun:
 
     def __enter__(self) -> Self:
         check_tracking(self.uri)
-        self._client = _make_client(self.uri)
+        self._client = make_client(self.uri)
         run = self._continued() or self._started()
         self.run_id, self._experiment_id = run.info.run_id, run.info.experiment_id
         self._sink = MetricSink(self._client, self.run_id)

@@ -6,6 +6,7 @@ Slurm lets a requeued job wait for two minutes: `-m slow` asks for this test.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -90,3 +91,33 @@ def test_stopped_queued_again_and_finished_with_the_losses_of_an_undisturbed_run
     assert sorted(found) == list(range(1, 81))
     assert jobs.losses(root, preempted.info.run_id) == found
     jobs.wait_until_nothing_runs(str(root))
+
+
+@pytest.mark.slow  # two allocations one after the other, each with a Ray of its own: minutes
+def test_a_sweep_is_a_job_array_and_what_waits_is_taken_out_of_the_queue(short_folder: Path) -> None:
+    scripts = HOME / "tests" / "cluster" / "slurm"
+    command = ["bash", scripts / "two_nodes.sh", short_folder / "slurm", "bash", scripts / "sweep.sh", short_folder]
+    overrides = ["+flavour=t2v-tiny", "train.steps=4", "validation.every=0", "data.held_out=0.0", *COMMAND[-1:]]
+    done = subprocess.run(
+        [*command, sys.executable, *overrides, "optimizer.lr=1e-3,3e-3"],
+        cwd=HOME,
+        env={**os.environ, "PYTHONPATH": str(HOME)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = {path.stem: path.read_text() for path in short_folder.glob("*.out")}
+    everything = "\n".join([done.stdout, done.stderr, *said.values()])
+    assert done.returncode == 0, everything
+    assert "submitted lr-sweep: job 2 after 1" in done.stdout, everything
+    assert "queue: job 2_1: PENDING" in done.stdout and "took job 2_1 out of Slurm's queue" in done.stdout, everything
+    second = next(line for line in done.stdout.splitlines() if line.startswith("second: ")).split()[1]
+    states = dict(re.findall(r"^(lr-[0-9a-f]{10}) +(\w+)", done.stdout, re.MULTILINE))
+    assert states.pop(second) == "stopped" and list(states.values()) == ["finished"], everything
+    assert set(said) == {"lr-sweep-precache-4294967294", "lr-sweep-0"}, everything
+    assert "14 seen, 14 encoded" in said["lr-sweep-precache-4294967294"], everything
+    assert "14 seen, 0 encoded, 14 cached before" in said["lr-sweep-0"], everything
+    (first,) = states
+    run = jobs.the_run(short_folder / "root", first)
+    assert run.info.status == "FINISHED"
+    assert jobs.the_run(short_folder / "root", "lr-sweep").info.run_id == run.data.tags["mlflow.parentRunId"]

@@ -1,0 +1,128 @@
+"""What is told of runs from their folders, local and on object storage; a run that runs: tests/cluster/test_runs.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+import pytest
+
+from k5dist import storage
+from k5dist.cluster import record as records
+from k5dist.cluster.logs import LogFile, LogReader
+from k5dist.cluster.record import DriverRecord, read_record, write_record
+from k5dist.config import ConfigError
+from k5dist.runs.__main__ import main
+from k5dist.runs.facts import Place, RunFacts, find_run, list_runs
+from k5dist.runs.stop import stop
+
+NOW = time.time()
+RUNNING = DriverRecord(state="running", began=NOW, beat=NOW, host="another-machine", pid=1, pid_started=1.0)
+
+
+@pytest.fixture(params=["local", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path) if request.param == "local" else f"memory://{uuid.uuid4().hex}"
+
+
+def test_a_log_is_read_as_it_grows(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("k5dist.cluster.logs._CHUNK", 1000)  # several objects
+    written, reader = LogFile(root, "driver"), LogReader(root, "driver")
+    LogFile(root, "ranks").write("another log")
+    seen = []
+    for start in range(0, 300, 30):
+        for number in range(start, start + 30):
+            written.write(f"line {number} ä")
+        written.flush()
+        seen += list(reader.read())
+        assert seen[-1] == f"line {start + 29} ä"
+    assert seen == [f"line {number} ä" for number in range(300)]
+    assert list(reader.read()) == []
+    assert list(LogReader(root, "driver").read()) == seen
+    objects = len(storage.list_folder(root))
+    assert objects == 1 if storage.is_local(root) else objects == 3
+
+
+def test_lines_outlive_a_store_that_stumbles(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = LogFile(root, "driver")
+    log.write("before")
+    with monkeypatch.context() as broken:
+        broken.setattr(log, "_append", lambda data: (_ for _ in ()).throw(OSError("away")))
+        with pytest.raises(OSError, match="away"):
+            log.flush()
+    log.write("after")
+    log.flush()
+    assert list(LogReader(root, "driver").read()) == ["before", "after"]
+
+
+def test_a_record_of_a_newer_release_is_read(root: str) -> None:
+    write_record(root, dataclasses.replace(RUNNING, nodes=({"node": "a"},)))
+    uri = storage.join(root, records.FILE)
+    storage.publish_bytes(uri, storage.read_bytes(uri).replace(b'"state"', b'"flavour_of_the_day": 1, "state"'))
+    assert read_record(root) == dataclasses.replace(RUNNING, nodes=({"node": "a"},))
+    assert read_record(storage.join(root, "nobody")) is None
+
+
+def test_a_driver_is_lost_when_it_is_not_here_and_long_silent(tmp_path: Path) -> None:
+    uri, me = str(tmp_path), psutil.Process()
+    here = dataclasses.replace(RUNNING, host=socket.gethostname(), pid=me.pid, pid_started=me.create_time(), beat=0.0)
+    assert not here.is_lost(uri), "a process that is there may be busy"
+    other = dataclasses.replace(here, pid_started=here.pid_started - 100)
+    assert other.is_lost(uri), "the number is another's"
+    assert not dataclasses.replace(other, beat=time.time() - 20).is_lost(uri)
+    assert not dataclasses.replace(RUNNING, beat=time.time() - 20).is_lost(uri)
+    assert dataclasses.replace(RUNNING, beat=time.time() - 40).is_lost(uri)
+    assert not dataclasses.replace(RUNNING, beat=time.time() - 50).is_lost("s3://bucket/run"), (
+        "it beats less often there"
+    )
+
+
+def test_progress_and_time_left(tmp_path: Path) -> None:
+    recorder = records.Recorder(str(tmp_path))
+    recorder.stage("train")
+    for done in range(1, 5):
+        recorder.progress("train", done, 10)
+    record = dataclasses.replace(recorder._record, pace=2.0, moved=time.time() - 1)
+    run = RunFacts("a", str(tmp_path), record)
+    assert run.progress == "train 4/10"
+    assert run.eta == pytest.approx(11, abs=0.5)
+    assert RunFacts("a", str(tmp_path), dataclasses.replace(record, state="stopped")).eta is None
+    recorder.rank_line("[rank 0] hello", None)
+    recorder.rank_line("…", {"kind": "step", "metrics": {"loss": 1.5}})
+    assert recorder._record.loss == 1.5
+
+
+def test_runs_are_found_by_what_is_typed_of_their_names(root: str, capsys: pytest.CaptureFixture[str]) -> None:
+    place = Place.of(root, "sqlite:////nowhere/mlflow.db", "k5dist")
+    assert list_runs(place, {}) == []
+    with pytest.raises(ConfigError, match="there are no runs below"):
+        find_run(place, "fox")
+    for name in ("fox-small", "fox-large", "bear"):
+        write_record(storage.join(place.runs_uri, name), RUNNING)
+    assert find_run(place, "b").name == "bear"
+    assert find_run(place, storage.join(place.runs_uri, "bear")).record == RUNNING
+    with pytest.raises(ConfigError, match=r"2 runs begin so.*one of fox-large, fox-small"):
+        find_run(place, "fox")
+    with pytest.raises(ConfigError, match="did you mean fox-large"):
+        find_run(place, "fx-large")
+    with pytest.raises(ConfigError, match="holds no run"):
+        find_run(place, storage.join(place.runs_uri, "nothing"))
+    assert main(["list", f"storage.root={root}", "tracking.uri=sqlite:////nowhere/mlflow.db"]) == 0
+    said = capsys.readouterr().out
+    assert "from the runs' folders" in said and "fox-small" in said and "running" in said
+    assert main(["status", "bear", f"storage.rot={root}"]) == 2
+    assert "did you mean storage.root" in capsys.readouterr().err
+
+
+def test_what_does_not_run_cannot_be_stopped(root: str) -> None:
+    for state in ("finished", "stopped", "failed"):
+        with pytest.raises(ConfigError, match=f"it does not run: {state}"):
+            stop(RunFacts("a", root, dataclasses.replace(RUNNING, state=state)))
+    with pytest.raises(ConfigError, match="no driver"):
+        stop(RunFacts("a", root, None))
+    assert "another-machine" in stop(RunFacts("a", root, dataclasses.replace(RUNNING, beat=time.time())))
+    assert storage.exists(storage.join(root, records.STOP_FILE))
