@@ -1,7 +1,7 @@
 """What has a run before its driver has begun, or after it has gone: Slurm's queue, a Ray cluster's jobs.
 
-Another scheduler has its place here: what it says of a job, and how one that waits is taken out of its queue. A RayJob's
-driver makes itself known as any other does, but before it runs only the API server knows of it (kubectl get rayjobs).
+Another scheduler has its place here: what it says of a job, and how one that waits is taken out of its queue.
+Of a RayJob only the API server knows before its driver runs, which then makes itself known as any other.
 """
 
 from __future__ import annotations
