@@ -14,8 +14,12 @@ MARK = "@k5dist "
 
 def emit(kind: str, **facts: Any) -> None:
     """Send one event; safe to interleave with prints, since a line is written at once."""
-    sys.stdout.write(f"{MARK}{json.dumps({'kind': kind, **facts})}\n")
+    sys.stdout.write(line_of(kind, **facts) + "\n")
     sys.stdout.flush()
+
+
+def line_of(kind: str, **facts: Any) -> str:
+    return f"{MARK}{json.dumps({'kind': kind, **facts})}"
 
 
 def parse(line: str) -> dict[str, Any] | None:

@@ -102,6 +102,7 @@ def show_plan(plan: RunPlan) -> None:
         ("checkpoint", f"{plan.pretrained} ({plan.pretrained_identity})"),
         ("model", f"{_count(costs.parameters)} weights, {_count(costs.trainable)} trained ({config.adapter})"),
         ("world", f"{world.size} workers on {device}: {world.nodes} × {world.workers_per_node} a node; {degrees}"),
+        *([("network", _network(config))] if world.nodes > 1 else []),
         ("buckets", buckets),
         ("batch", batch),
         (
@@ -120,6 +121,12 @@ def show_plan(plan: RunPlan) -> None:
         ("tracking", plan.tracking_uri),
     ]
     show_table(f"Plan of {plan.name}", rows)
+
+
+def _network(config: RunConfig) -> str:
+    named = config.cluster.interface
+    shown = f"{named} (cluster.interface)" if named else "the interface of each node's address in the Ray cluster"
+    return f"gloo and NCCL begin over {shown}"
 
 
 def _data(config: RunConfig) -> str:

@@ -239,6 +239,8 @@ class TrainingStage:
             self._fill_validations({int(step): losses for step, losses in event["validations"].items()})
             self.last_step = event["step"]
             bar.to(event["step"])
+        elif kind == "node":
+            say(f"node {event['node']}: {event['network']}")
         elif kind == "failed":
             self.failure = self.failure or event
         elif kind == "config_error":

@@ -26,7 +26,9 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from k5dist.cluster.load import node_load
+from k5dist.cluster.network import VARIABLES, socket_variables
 from k5dist.config import ConfigError
+from k5dist.events import line_of
 from k5dist.plan import RunPlan
 
 WORKER_MODULE = "k5dist.train.worker"
@@ -45,6 +47,7 @@ class Launch:
     workers_per_node: int
     endpoint: str
     attempt_id: str
+    interface: str | None
 
 
 @ray.remote
@@ -64,9 +67,15 @@ class Agent:
 
     def run(self, launch: Launch, is_host: bool) -> Iterator[list[str] | int]:
         """Yields lists of lines as they come, and the exit status last."""
+        address = ray.util.get_node_ip_address()
+        environment = _environment(launch, address)
+        if launch.nodes > 1:
+            chosen = ", ".join(f"{name}={environment[name]}" for name in VARIABLES if name in environment)
+            network = chosen or "no interface has this address: set cluster.interface"
+            yield [line_of("node", node=address, network=network)]
         self.process = subprocess.Popen(
-            _torchrun(launch, is_host, ray.util.get_node_ip_address(), self.logs.name),
-            env=_environment(launch),
+            _torchrun(launch, is_host, address, self.logs.name),
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -157,7 +166,7 @@ def _torchrun(launch: Launch, is_host: bool, address: str, log_folder: str) -> l
     return [sys.executable, "-m", "torch.distributed.run", *options, "-m", WORKER_MODULE, launch.plan_uri]
 
 
-def _environment(launch: Launch) -> dict[str, str]:
+def _environment(launch: Launch, address: str) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(_STRIPPED)}
     # Workers that each take every core would only wait for each other; a job's share may be less than the machine.
     threads = max(1, len(os.sched_getaffinity(0)) // launch.workers_per_node)
@@ -167,7 +176,7 @@ def _environment(launch: Launch) -> dict[str, str]:
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # a shared store keeps stale keys over restarts
         "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] ",
     }
-    return {**kept, **fixed}
+    return {**kept, **fixed, **socket_variables(launch.nodes, address, launch.interface, kept)}
 
 
 def check_room(plan: RunPlan) -> None:
@@ -247,7 +256,9 @@ class Gang:
         """Begin one attempt; `output` follows it."""
         world = self.plan.world
         endpoint: Any = ray.get(self._agents[0].endpoint.remote())
-        launch = Launch(self.plan.plan_uri, world.nodes, world.workers_per_node, endpoint, uuid.uuid4().hex[:12])
+        interface = self.plan.config.cluster.interface
+        attempt = uuid.uuid4().hex[:12]
+        launch = Launch(self.plan.plan_uri, world.nodes, world.workers_per_node, endpoint, attempt, interface)
         streams = {
             agent.run.options(num_returns="streaming").remote(launch, i == 0): i for i, agent in enumerate(self._agents)
         }

@@ -75,6 +75,8 @@ def _attach(address: str, options: dict[str, Any]) -> None:
     if thread.is_alive() or failure:
         reason = str(failure[0]).splitlines()[0] if failure else f"no answer in {_ATTACH_SECONDS} s"
         fix = "start one with `ray start --head`, or set cluster.address=<host:port>, or cluster=local"
+        if failure and type(failure[0]).__name__ == "AuthenticationError":
+            fix = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=<file with the cluster's token>"
         raise ConfigError("cluster.address", address, f"a Ray cluster must run there ({reason})", fix)
     import ray
 

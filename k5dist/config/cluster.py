@@ -31,6 +31,7 @@ class ClusterConfig:
     address: str | None
     submit: bool
     pass_env: tuple[str, ...]
+    interface: str | None
     wait_seconds: int
     max_restarts: int
     dry_run: bool

@@ -21,6 +21,7 @@ from k5dist.model.encoders import text_encoding
 from k5dist.model.pretrained import read_config, scheduler_shift
 from k5dist.model.transformer import build_transformer, materialise
 from k5dist.plan import RunPlan
+from k5dist.train.affinity import bind_beside
 from k5dist.train.checkpoint import Checkpoints
 from k5dist.train.ema import Ema
 from k5dist.train.feed import Dataset, Feed
@@ -76,6 +77,8 @@ def start_process_group(plan: RunPlan) -> torch.device:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+        if (said := bind_beside(device)) is not None:
+            log.info("%s", said)
         if plan.config.train.gpu_memory_gib is not None:
             _, total = torch.cuda.mem_get_info(device)
             allowed = plan.config.train.gpu_memory_gib * GIB - memory.RUNTIME_BYTES
