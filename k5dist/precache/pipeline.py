@@ -23,13 +23,13 @@ from k5dist.console import progress_bar, say
 from k5dist.datasets import DatasetConfig
 from k5dist.estimate import sample_cache_bytes
 from k5dist.plan import RunPlan
-from k5dist.pools import Pool
 from k5dist.precache import stages, stream
 from k5dist.precache.attempts import Attempts
 from k5dist.precache.features import encode_features
 from k5dist.precache.images import encode_images
 from k5dist.precache.sources import Listing, read_datasets
 from k5dist.precache.summary import Busy, Failure, Summary, bucket_name, write_ledger
+from k5dist.precache.texts import all_captions, encode_captions, installed_encoding, prompts
 from k5dist.retry import StorageUnavailable
 
 _PROBES_PER_BLOCK = 64
@@ -39,22 +39,6 @@ _PROBE_BLOCKS = 2048  # at most: each is an object of Ray's
 
 class PrecacheError(Exception):
     """Too many clips failed; the ledger says which and why."""
-
-
-def wanted_captions(config: RunConfig, *captions: pa.ChunkedArray) -> list[str]:
-    """Every text that training and validation will ask for, once each; the empty prompt is the dropped caption.
-
-    `captions` are columns of lists of texts.
-    """
-    texts = _prompts(config)
-    for column in captions:
-        texts += pc.unique(pc.list_flatten(column)).to_pylist()
-    return list(dict.fromkeys(texts))
-
-
-def _prompts(config: RunConfig) -> list[str]:
-    """Texts that are asked for whatever the data."""
-    return ["", config.validation.negative_prompt, *config.validation.prompts]
 
 
 def check_source(plan: RunPlan) -> Listing:
@@ -89,12 +73,12 @@ def precache(plan: RunPlan, listing: Listing) -> Summary:
     for row in listing.rejected.to_pylist():
         summary.counts[row["dataset"], "", "seen"] += 1
         summary.fail(Failure(row["dataset"], row["uri"], 0.0, "manifest", row["reason"]))
-    encoding = ray.get(_installed_encoding.remote(plan.config))
+    encoding = ray.get(installed_encoding.remote(plan.config))
     try:
-        _encode_captions(plan, encoding, _all_captions(plan, listing), summary)
+        encode_captions(plan, encoding, all_captions(plan, listing), summary)
         chosen = _encode_clips(plan, listing, summary)
         if plan.config.validation.images:
-            ray.get(ray.remote(**_resources(plan.pools.vae))(encode_images).remote(plan, plan.world.device))
+            ray.get(ray.remote(**stream.resources(plan.pools.vae))(encode_images).remote(plan, plan.world.device))
     except BaseException as error:
         if not isinstance(error, StorageUnavailable):  # the ledger would only wait for it once more
             _write_ledger(plan, listing, summary)
@@ -103,61 +87,6 @@ def precache(plan: RunPlan, listing: Listing) -> Summary:
     _check_failures(plan.config, summary)
     _select(plan, chosen, encoding)
     return summary
-
-
-def _all_captions(plan: RunPlan, listing: Listing) -> list[str]:
-    """Those of the data as it is now, and of the samples that the run began with."""
-    uri = storage.join(plan.run_uri, layout.SELECTION)
-    begun = [layout.read_selected(uri).column("captions")] if storage.exists(uri) else []
-    return wanted_captions(plan.config, listing.rows.column("captions"), *begun)
-
-
-@ray.remote(num_cpus=0)
-def _installed_encoding(config: RunConfig) -> layout.TextEncoding:
-    from k5dist.model.encoders import text_encoding
-
-    precache = config.precache
-    return text_encoding(precache.prompt_template, precache.prompt_template_start, precache.max_text_tokens)
-
-
-def _resources(pool: Pool) -> dict[str, Any]:
-    """What one worker of a pool asks Ray for."""
-    return {"num_gpus": pool.gpus, "num_cpus": 0} if pool.gpus else {"num_cpus": 1}
-
-
-def _encode_captions(plan: RunPlan, encoding: layout.TextEncoding, texts: list[str], summary: Summary) -> None:
-    store = layout.captions(plan.cache_uri, encoding)
-    config = plan.config.precache
-    batch, row_bytes = config.text_batch_size, 2 * config.max_text_tokens * plan.config.model.in_text_dim
-    # Captions of about one length make batches with little padding. A batch's padding shows in the last bits of its
-    # features: the orders fix batches as well as shards.
-    rows = {layout.caption_key(text): {"caption": text} for text in sorted(texts, key=lambda text: (len(text), text))}
-    known, groups = orders.settle(store, list(rows), _whole_batches(_rows_per_shard(plan, row_bytes), batch))
-    if not groups:
-        say(f"captions: all {len(texts)} are in the cache, nothing to encode")
-        orders.finish(store, known)
-        return
-    todo = sum(key is not None for group in groups for key in group)
-    device, pool = plan.world.device, plan.pools.text
-    table, length = stream.grouped({key: {"key": key, **row} for key, row in rows.items()}, groups, multiple=batch)
-    dataset = ray.data.from_arrow(stream.slices(table, batch)).map_batches(
-        stages.TextStage,
-        batch_size=batch,
-        fn_constructor_args=(plan.pretrained, device, encoding, Attempts(), config.offload_during_startup),
-        # No more workers than they have batches: each loads 15 GiB of weights.
-        compute=ray.data.ActorPoolStrategy(size=min(pool.workers, -(-table.num_rows // batch))),
-        **_resources(pool),
-    )
-    dataset = dataset.map_batches(
-        partial(stages.write_captions, cache_uri=plan.cache_uri, encoding=encoding),
-        batch_format="pyarrow",
-        batch_size=length,
-        num_cpus=0.25,
-    )
-    with progress_bar("captions", todo) as bar:
-        stream.consume(dataset, lambda table: bar.advance(table.num_rows))
-    orders.finish(store, known | rows.keys())
-    summary.captions_encoded = todo
 
 
 def _encode_clips(plan: RunPlan, listing: Listing, summary: Summary) -> pa.Table:
@@ -173,7 +102,7 @@ def _encode_clips(plan: RunPlan, listing: Listing, summary: Summary) -> pa.Table
         by_key.setdefault(key, []).append(at)
     _check_batch(plan, _take(good, [rows[0] for rows in by_key.values()]))
     store = layout.samples(plan.cache_uri)
-    known, groups = orders.settle(store, list(by_key), _rows_per_shard(plan, _sample_bytes(plan)))
+    known, groups = orders.settle(store, list(by_key), stream.rows_per_shard(plan, _sample_bytes(plan)))
     for row in good.filter(pc.field("key").isin(pa.array(list(known), pa.string()))).to_pylist():
         summary.count("cached_before", row)
     keys = [key for group in groups for key in group if key is not None]
@@ -219,7 +148,7 @@ def _with_features(
         return known
     keys = [key for key in by_key if key in known]
     rows = dict(zip(keys, _take(good, [by_key[key][0] for key in keys]).to_pylist(), strict=True))
-    lost = encode_features(plan, rows, _resources(plan.pools.vae)) if rows else []
+    lost = encode_features(plan, rows, stream.resources(plan.pools.vae)) if rows else []
     for row in lost:
         summary.fail(_failure(row), bucket_name(row))
     _check_failures(plan.config, summary)
@@ -311,7 +240,7 @@ def _clip_dataset(plan: RunPlan, todo: dict[str, dict[str, Any]], groups: list[o
             "tiling": config.precache.vae_enable_tiling,
         },
         compute=ray.data.ActorPoolStrategy(size=pool.workers, max_tasks_in_flight_per_actor=2),
-        **_resources(pool),
+        **stream.resources(pool),
     )
     return dataset.map_batches(
         partial(stages.write_samples, cache_uri=plan.cache_uri, attempts=attempts),
@@ -334,17 +263,9 @@ def _sample_bytes(plan: RunPlan) -> int:
     return sample_cache_bytes(plan.config.model, largest, first_frame=first_frame, text_tokens=0)
 
 
-def _rows_per_shard(plan: RunPlan, row_bytes: int) -> int:
-    return max(1, int(plan.config.precache.shard_size_mib * 2**20 // row_bytes))
-
-
 def _take(table: pa.Table, rows: list[int]) -> pa.Table:
     """With the type said: Arrow cannot guess it of an empty list."""
     return table.take(pa.array(rows, pa.int64()))
-
-
-def _whole_batches(rows: int, batch: int) -> int:
-    return -(-rows // batch) * batch
 
 
 def _failure(row: dict[str, Any]) -> Failure:
@@ -380,4 +301,4 @@ def _select(plan: RunPlan, chosen: pa.Table, encoding: layout.TextEncoding) -> N
         forget_places(plan.run_uri)
         layout.write_selection(uri, chosen)
     stores = Stores.of(plan.cache_uri, encoding, plan.features_id)
-    note_places(plan.run_uri, selected, plan.config.data.held_out, stores, _prompts(plan.config))
+    note_places(plan.run_uri, selected, plan.config.data.held_out, stores, prompts(plan.config))
