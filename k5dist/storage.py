@@ -25,6 +25,7 @@ import fsspec
 from k5dist.retry import StorageUnavailable, one_line, patiently
 from k5dist.schema import ConfigError
 
+READ_SECONDS = 60  # of silence until a request to an object store is given up, and made again
 PACKAGE_SCHEME = "package://"
 READ_AHEAD = 2 * 2**20  # bytes of an open remote file; the libraries' own are up to 50 MiB a seek
 # Stores other than Amazon's answer a range request with the whole object's checksum, or none: botocore's newer default
@@ -65,7 +66,7 @@ def filesystem(uri: str) -> tuple[Any, str]:
     if scheme in ("s3", "s3a"):
         # A few quick retries of one request of the many that make an upload or a listing; `patiently` has the patience.
         retries = {"mode": "standard", "max_attempts": 4}
-        options["config_kwargs"] = {"retries": retries, "connect_timeout": 10, "read_timeout": 60}
+        options["config_kwargs"] = {"retries": retries, "connect_timeout": 10, "read_timeout": READ_SECONDS}
     fs = fsspec.filesystem(scheme, **options)
     if scheme in ("s3", "s3a"):
         fs.retries = 1  # s3fs would multiply botocore's retries with its own

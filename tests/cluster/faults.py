@@ -30,6 +30,8 @@ class FaultyProxy:
         self.target = target.removeprefix("http://")
         self.share = 0.0
         self.away = False
+        self.silent = 0  # so many of the next requests are never answered
+        self.closing = threading.Event()
         self.seen: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
         self.sent: Counter[str] = Counter()  # bytes of bodies by method and path
@@ -57,6 +59,7 @@ class FaultyProxy:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def close(self) -> None:
+        self.closing.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -67,6 +70,10 @@ class FaultyProxy:
             digest = hashlib.sha256(f"{request} {self.seen[request]}".encode()).digest()
             if self.away:
                 return "503"
+            if self.silent:
+                self.silent -= 1
+                self.faults["silent"] += 1
+                return "silent"
             if digest[0] >= 256 * self.share:
                 return None
             kind = ("500", "503", "closed", "cut", "slow")[digest[1] % 5]
@@ -76,7 +83,9 @@ class FaultyProxy:
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
         fault = self._fault(f"{handler.command} {handler.path}")
-        if fault == "closed":
+        if fault == "silent":
+            self.closing.wait()
+        if fault in ("closed", "silent"):
             handler.close_connection = True
             return
         if fault in ("500", "503"):

@@ -111,3 +111,25 @@ def test_of_a_long_film_only_the_part_that_is_needed_is_read(tmp_path: Path, mon
         assert np.array_equal(remote, decode_clip(str(path), **wanted))
         assert max(probed, decoded) < 4 * storage.READ_AHEAD + 2e6, (probed, decoded, size)
         assert digested < 6e6, digested
+
+
+def test_a_server_that_falls_silent_is_asked_again(s3: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads, listings and writes: a request that nobody answers is given up and made again."""
+    for name, value in s3.items():
+        monkeypatch.setenv(name, value)
+    proxy = FaultyProxy(s3["AWS_ENDPOINT_URL"])
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    monkeypatch.setattr(storage, "READ_SECONDS", 0.5)
+    fsspec.filesystem("s3").clear_instance_cache()
+    uri = f"s3://{BUCKET}/silent/file"
+    try:
+        proxy.silent = 1
+        storage.publish_bytes(uri, b"content")
+        proxy.silent = 2
+        assert storage.read_bytes(uri) == b"content"
+        proxy.silent = 1
+        assert [name.rsplit("/", 1)[-1] for name in storage.list_folder(f"s3://{BUCKET}/silent")] == ["file"]
+        assert (proxy.silent, proxy.faults["silent"]) == (0, 4)
+    finally:
+        proxy.close()
+        fsspec.filesystem("s3").clear_instance_cache()
