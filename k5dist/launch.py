@@ -240,7 +240,7 @@ def _check_folder(plan: RunPlan) -> None:
 
 def run_plan(plan: RunPlan, resolved_yaml: str, sweep_name: str | None = None) -> int:
     from k5dist.cluster.driver import TrainingFailed, run_stages, tracked_run
-    from k5dist.cluster.record import Recorder, refuse_second
+    from k5dist.cluster.record import RAYJOB, Recorder, refuse_second
     from k5dist.precache.pipeline import PrecacheError, check_source
     from k5dist.precache.sources import Listing
     from k5dist.precache.upkeep import CacheDamaged
@@ -268,6 +268,9 @@ def run_plan(plan: RunPlan, resolved_yaml: str, sweep_name: str | None = None) -
     except (TrainingFailed, PrecacheError, CacheDamaged) as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
     except KeyboardInterrupt:
+        if record.asked_to_stop and os.environ.get(RAYJOB):
+            say("stopped by name")
+            return 0  # KubeRay would begin a RayJob that failed again
         if sweep_name is None or not record.asked_to_stop:
             raise
         say("stopped by name; the sweep goes on")

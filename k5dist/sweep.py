@@ -18,13 +18,14 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from k5dist import storage
-from k5dist.cluster import submission
-from k5dist.cluster.record import read_record, submitted, write_record
+from k5dist.cluster import slurm, submission
+from k5dist.cluster.record import read_record, refuse_second, submitted, write_record
 from k5dist.compose import compose, expand_sweep, to_run_config
 from k5dist.config import ConfigError, RunConfig
-from k5dist.console import say, show_table
+from k5dist.console import console, say, show_table
 from k5dist.plan import RunPlan
 from k5dist.retry import StorageUnavailable
+from k5dist.tracking.redact import redact_text
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 Planner = Callable[[RunConfig], RunPlan]
@@ -61,16 +62,21 @@ class Sweep:
 def multirun(arguments: list[str], plan: Planner, prepare: Planner, run: Run) -> int:
     """Every combination of the values typed; all are planned, and shown, before the first begins."""
     overrides = expand_sweep(arguments)
-    sweep = make_sweep([to_run_config(compose(typed)) for typed in overrides], overrides, plan)
+    configs = [to_run_config(compose(typed)) for typed in overrides]
+    console.stderr = configs[0].cluster.dry_run  # standard output is what would be submitted, and that alone
+    sweep = make_sweep(configs, overrides, plan)
     for planned in sweep.plans:
         prepare(planned.config)
     cluster, stages = sweep.first.config.cluster, sweep.first.config.stages
     if stages == ("plan",):
         return 0
     if cluster.kind == "kubernetes":
-        return submission.submit_each(_with_parent_if_reached(sweep).plans, sweep.overrides)
+        return submission.submit_each(sweep.plans, sweep.overrides)
     if cluster.kind == "slurm":
-        for line in submit_array(sweep, dry_run=cluster.dry_run):
+        if cluster.dry_run:
+            sys.stdout.writelines(job.script for job in slurm.sweep_jobs(sweep.name, sweep.plans, sweep.overrides))
+            return 0
+        for line in submit_array(sweep):
             say(line)
         return 0
     check_store(sweep.first)
@@ -78,7 +84,12 @@ def multirun(arguments: list[str], plan: Planner, prepare: Planner, run: Run) ->
     if cluster.submit:
         from k5dist.cluster import jobs
 
-        return jobs.follow(jobs.submit(sweep.plans, sweep.name))
+        try:
+            job = jobs.submit(sweep.plans, sweep.name)
+        except ConfigError:
+            _tell_parent(sweep, "FAILED", [])
+            raise
+        return jobs.follow(job)
     return run_sweep(sweep, run)
 
 
@@ -89,7 +100,7 @@ def resolved(files: Sequence[str], prepare: Planner, run: Run) -> int:
         return run(plans[0], _yaml(plans[0].config), None)
     record = read_record(plans[0].run_uri)
     name = (record.sweep if record else None) or "sweep"
-    return run_sweep(Sweep(name, tuple(plans), ((),) * len(plans)), run)
+    return run_sweep(Sweep(name, tuple(plans), ((),) * len(plans)), run, submitted_together=True)
 
 
 def check_store(plan: RunPlan) -> None:
@@ -150,23 +161,15 @@ def with_parent(sweep: Sweep) -> Sweep:
     return dataclasses.replace(sweep, plans=tuple(plans))
 
 
-def _with_parent_if_reached(sweep: Sweep) -> Sweep:
-    """A cluster's own tracking server is often out of reach from where one submits."""
-    if sweep.first.config.cluster.dry_run:
-        return sweep
-    try:
-        check_store(sweep.first)
-    except ConfigError as error:
-        say(f"the runs will have no parent in MLflow: {error.rule}")
-        return sweep
-    return with_parent(sweep)
-
-
-def run_sweep(sweep: Sweep, run: Run) -> int:
-    """One after another, here; a run that fails, or is stopped by name, does not keep the others from theirs."""
+def run_sweep(sweep: Sweep, run: Run, *, submitted_together: bool = False) -> int:
+    """One after another, here; a run that fails, or is stopped by name, does not keep the others from theirs. Of runs
+    that were submitted in one job some may have been stopped before their turn."""
     statuses = [0] * len(sweep.plans)
     try:
         for at, plan in enumerate(sweep.plans):
+            if submitted_together and _taken_out(plan):
+                say(f"run {at + 1} of {len(sweep.plans)} was stopped before its turn: {plan.name}")
+                continue
             say(f"run {at + 1} of {len(sweep.plans)} of {sweep.name}: {sweep.describe(at) or plan.name}")
             statuses[at] = _run_child(plan, sweep.name, run)
     except KeyboardInterrupt:
@@ -175,6 +178,11 @@ def run_sweep(sweep: Sweep, run: Run) -> int:
     if any(status not in (0, EXIT_INTERRUPTED) for status in statuses):
         return _close(sweep, "FAILED", EXIT_FAILED)
     return _close(sweep, "FINISHED", max(statuses))
+
+
+def _taken_out(plan: RunPlan) -> bool:
+    record = read_record(plan.run_uri)  # the submission has said "submitted" of them all
+    return record is not None and record.state == "stopped"
 
 
 def _run_child(plan: RunPlan, name: str, run: Run) -> int:
@@ -190,16 +198,12 @@ def _run_child(plan: RunPlan, name: str, run: Run) -> int:
 
 def _close(sweep: Sweep, status: str, exit_status: int) -> int:
     """Tell how each run ended, here and in the parent, if there is one."""
-    from k5dist.tracking.parent import close_parent
-
     rows = []
     for at, plan in enumerate(sweep.plans):
         record = read_record(plan.run_uri)
         state, loss = (record.state, record.loss) if record else ("not begun", None)
         rows.append({"run": plan.name, "overrides": sweep.describe(at), "state": state, "loss": loss})
-    parent = sweep.first.config.tracking.parent
-    if parent is not None:
-        close_parent(sweep.first.tracking_uri, parent, status, rows)
+    _tell_parent(sweep, status, rows)
     show_table(f"Sweep {sweep.name}", [(row["run"], _told(row)) for row in rows])
     return exit_status
 
@@ -209,20 +213,32 @@ def _told(row: dict[str, Any]) -> str:
     return f"{row['overrides']}: {row['state']}{loss}".removeprefix(": ")
 
 
-def submit_array(sweep: Sweep, *, dry_run: bool) -> list[str]:
-    """Hand a sweep to Slurm as a job array; lines for the user: the scripts, for a dry run."""
-    from k5dist.cluster import slurm
-    from k5dist.tracking.parent import close_parent
-
-    if dry_run:
-        return [job.script for job in slurm.sweep_jobs(sweep.name, sweep.plans, sweep.overrides)]
+def submit_array(sweep: Sweep) -> list[str]:
+    """Hand a sweep to Slurm as a job array; lines for the user."""
+    for plan in sweep.plans:
+        refuse_second(plan.run_uri, everywhere=True)
     check_store(sweep.first)
     sweep = with_parent(sweep)
-    numbers, lines = slurm.submit(slurm.sweep_jobs(sweep.name, sweep.plans, sweep.overrides))
+    try:
+        numbers, lines = slurm.submit(slurm.sweep_jobs(sweep.name, sweep.plans, sweep.overrides))
+    except ConfigError:
+        _tell_parent(sweep, "FAILED", [])
+        raise
     for at, plan in enumerate(sweep.plans):
         write_record(plan.run_uri, submitted(slurm_job_id=f"{numbers[-1]}_{at}", sweep=sweep.name))
-    parent = sweep.first.config.tracking.parent
-    assert parent is not None, "with_parent has set it"
     table = [{"run": plan.name, "overrides": sweep.describe(at)} for at, plan in enumerate(sweep.plans)]
-    close_parent(sweep.first.tracking_uri, parent, "FINISHED", table)  # no process outlives the others to do it
+    _tell_parent(sweep, "FINISHED", table)  # no process outlives the others to do it
     return lines
+
+
+def _tell_parent(sweep: Sweep, status: str, table: list[dict[str, Any]]) -> None:
+    """How it ended, where there is a parent; a tracking server that is gone by then changes nothing of what was done."""
+    from k5dist.tracking.parent import close_parent
+
+    parent = sweep.first.config.tracking.parent
+    if parent is None:
+        return
+    try:
+        close_parent(sweep.first.tracking_uri, parent, status, table)
+    except Exception as error:
+        say(f"warning: the sweep's run in MLflow could not be closed: {redact_text(str(error))}")

@@ -28,6 +28,11 @@ def socket_variables(nodes: int, address: str, interface: str | None, environmen
     What stands in the environment is the user's own and wins over what is found.
     """
     if interface is not None:
-        return dict.fromkeys(VARIABLES, interface)
+        return _of(interface)
     found = interface_of(address) if nodes > 1 else None
-    return {} if found is None else {name: found for name in VARIABLES if name not in environment}
+    return {} if found is None else {name: value for name, value in _of(found).items() if name not in environment}
+
+
+def _of(interface: str) -> dict[str, str]:
+    """NCCL takes names as beginnings (eth1 would be eth10, too) unless told that it is the whole; gloo always does."""
+    return dict(zip(VARIABLES, (interface, f"={interface}"), strict=True))

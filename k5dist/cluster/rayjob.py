@@ -137,11 +137,16 @@ def _interrupted(api: Api, name: str, uid: str, kubernetes: KubernetesConfig, pa
         say(f"RayJob {name} goes on without this command")
         return
     if kubernetes.on_interrupt == "suspend":
-        api.suspend(name)
+        try:
+            api.suspend(name)
+        except Unreachable as error:
+            patch = """--type merge --patch '{"spec": {"suspend": true}}'"""
+            where = f"--namespace {kubernetes.namespace}"
+            say(f"RayJob {name} goes on ({error}); suspend it: kubectl patch rayjob {name} {where} {patch}")
+            return
         say(f"RayJob {name} is suspended: the workers save a checkpoint and their pods go")
         return
     say(f"deleting RayJob {name}: the workers save a checkpoint first (Ctrl-C again: do not wait for it)")
-    api.delete(name, uid)
     _remove(api, name, uid, kubernetes, pace)
 
 

@@ -149,6 +149,7 @@ class Recorder:
         self.asked_to_stop = False  # by the file: this run alone is meant
         self.load: Callable[[], list[dict[str, Any]]] | None = None  # samples the gang's nodes
         now, before = time.time(), read_record(run_uri)
+        self._waits = _job_that_waits(before)
         self._record = DriverRecord(
             state="running",
             began=now,
@@ -185,8 +186,12 @@ class Recorder:
         if error is not None and not isinstance(error, KeyboardInterrupt):
             self._driver_log.write(f"{kind.__name__ if kind else ''}: {redact_text(str(error))}")
         state = {True: "finished", False: "failed"}[error is None]
+        if error is None and self._waits is not None:
+            # This was a job before the run's own, its precache on other nodes: the run still waits for its turn.
+            self._set(state="submitted", slurm_job_id=self._waits, host="", pid=0, nodes=(), ray=None)
+        else:
+            self._set(state="stopped" if isinstance(error, KeyboardInterrupt) else state, nodes=(), ray=None)
         self._ended.set()
-        self._set(state="stopped" if isinstance(error, KeyboardInterrupt) else state, nodes=(), ray=None)
         self._keeper.join(_CLOSE_SECONDS)
 
     def line(self, text: str) -> None:
@@ -274,6 +279,15 @@ def _submitted_as(before: DriverRecord | None) -> dict[str, Any]:
     of_job = {"slurm_job_id": "SLURM_JOB_ID", "kubernetes_job": RAYJOB, "kubernetes_namespace": RAYJOB_NAMESPACE}
     known |= {name: os.environ[variable] for name, variable in of_job.items() if os.environ.get(variable)}
     return known
+
+
+def _job_that_waits(before: DriverRecord | None) -> str | None:
+    """The Slurm job that was submitted for the run, where this process is of another one."""
+    of_task = [os.environ.get(name, "") for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")]
+    own = {os.environ.get("SLURM_JOB_ID"), "_".join(of_task)}
+    if None in own or before is None or before.state != "submitted" or before.slurm_job_id in own:
+        return None
+    return before.slurm_job_id
 
 
 def _cluster() -> dict[str, float] | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import k5dist
-from k5dist.cluster.record import submitted, write_record
+from k5dist.cluster.record import refuse_second, submitted, write_record
 from k5dist.config import ConfigError, SlurmConfig
 from k5dist.console import say
 from k5dist.plan import RunPlan
@@ -186,6 +186,7 @@ def submit_run(plan: RunPlan, overrides: Sequence[str]) -> int:
         for job in made:
             sys.stdout.write(job.script)
         return 0
+    refuse_second(plan.run_uri, everywhere=True)
     numbers, lines = submit(made)
     write_record(plan.run_uri, submitted(slurm_job_id=numbers[-1]))
     for line in lines:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from k5dist import estimate
 from k5dist.config import ClusterConfig, ConfigError, KubernetesConfig, RunConfig
+from k5dist.console import say
 from k5dist.plan import ClusterFacts, RunPlan
 
 _GPU_LABEL = "nvidia.com/gpu.product"
@@ -60,13 +61,22 @@ def submit(plan: RunPlan, overrides: Sequence[str]) -> int:
 
 
 def submit_each(plans: Sequence[RunPlan], overrides: Sequence[Sequence[str]]) -> int:
-    """A sweep's runs as RayJobs side by side, none of them followed: the cluster's queue puts them in order."""
+    """A sweep's runs as RayJobs side by side, none of them followed: the cluster's queue puts them in order. Returns 2
+    where one was refused, else 0."""
+    refused = 0
     for plan, typed in zip(plans, overrides, strict=True):
         if plan.config.cluster.dry_run:
             sys.stdout.write("---\n")
-        alone = [*typed, f"name={plan.name}", f"tracking.parent={plan.config.tracking.parent or 'null'}"]
-        _to_kubernetes(plan, alone, dataclasses.replace(plan.config.kubernetes, follow=False))
-    return 0
+        try:
+            _to_kubernetes(
+                plan, [*typed, f"name={plan.name}"], dataclasses.replace(plan.config.kubernetes, follow=False)
+            )
+        except ConfigError as error:  # a quota, or one that is there already: the others have their turn
+            refused += 1
+            say(f"not submitted: {plan.name}: {error.rule}: {error.fix}")
+    if refused:
+        say(f"{refused} of {len(plans)} runs were not submitted; the same command submits those that are not there")
+    return 2 if refused else 0
 
 
 def _to_kubernetes(plan: RunPlan, overrides: Sequence[str], kubernetes: KubernetesConfig) -> int:

@@ -43,6 +43,8 @@ def cancel_waiting(record: DriverRecord) -> str | None:
         _slurm(["scancel", record.slurm_job_id])
         return f"took job {record.slurm_job_id} out of Slurm's queue"
     if record.ray_job_id and record.ray_dashboard and record.state == "submitted":
+        if record.sweep is not None:  # the job is that of its neighbours, too
+            return f"run taken out of {record.sweep}; the others go on"
         from k5dist.cluster.jobs import stop_job
 
         return stop_job(record.ray_dashboard, record.ray_job_id)

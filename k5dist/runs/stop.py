@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import signal
 
 from k5dist.cluster.record import DriverRecord, ask_to_stop, beat_seconds, write_record
 from k5dist.config import ConfigError
@@ -25,6 +23,8 @@ def stop(run: RunFacts) -> str:
         return _stop_running(run, record)
     # What was stopped, failed or lost may be queued again by its scheduler.
     said = None if run.state == "finished" else cancel_waiting(record)
+    if said is None and record.state == "submitted":
+        said = "its scheduler knows it no more: nothing of it waits"
     if said is None:
         fix = f"nothing is left to stop; `python -m k5dist.runs status {run.name}` says more"
         raise ConfigError("run", run.name, f"it does not run: {run.state}", fix)
@@ -33,14 +33,8 @@ def stop(run: RunFacts) -> str:
 
 
 def _stop_running(run: RunFacts, record: DriverRecord) -> str:
-    """A signal where the driver is a process of this machine, of this run alone; else a request in the run's folder."""
-    goes_on = "it saves a checkpoint and ends; the same command goes on from there"
-    if record.is_here and record.sweep is None:
-        try:
-            os.kill(record.pid, signal.SIGUSR1)
-        except PermissionError as error:
-            rule = f"its driver, process {record.pid} of this machine, belongs to another user"
-            raise ConfigError("run", run.name, rule, "ask that user") from error
-        return f"asked process {record.pid} to stop: {goes_on}"
+    """A request in the run's folder, wherever the driver is: asked twice, it still stops once, and saves."""
     ask_to_stop(run.uri)
-    return f"asked the driver on {record.host} to stop (it looks every {beat_seconds(run.uri):.0f} s): {goes_on}"
+    where = f"process {record.pid}" if record.is_here else f"the driver on {record.host}"
+    looks = f"it looks every {beat_seconds(run.uri):.0f} s"
+    return f"asked {where} to stop ({looks}): it saves a checkpoint and ends; the same command goes on from there"

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 
 
-def bind_beside(device: torch.device, sys_folder: Path = Path("/sys")) -> str | None:
+def bind_beside(device: torch.device, workers: int, sys_folder: Path = Path("/sys")) -> str | None:
     """Let this process, and what it starts, run on the CPUs of its GPU's NUMA node alone.
 
-    Of the CPUs that the process may use (a scheduler's share); where none of them is on that node, or nobody says which
-    it is (one socket, many virtual machines), all stay. Returns what was done, in words; None where nothing was.
+    Of the CPUs that the process may use (a scheduler's share, which `workers` of this machine have together); where too
+    few of them are on that node for one worker, or nobody says which node it is (one socket, many virtual machines), all
+    stay. Returns what was done, in words; None where nothing was.
     """
     facts = torch.cuda.get_device_properties(device)
     address = f"{facts.pci_domain_id:04x}:{facts.pci_bus_id:02x}:{facts.pci_device_id:02x}.0"
@@ -21,7 +22,7 @@ def bind_beside(device: torch.device, sys_folder: Path = Path("/sys")) -> str | 
         return None
     allowed = os.sched_getaffinity(0)
     beside = cpus_of(node, sys_folder) & allowed
-    if not beside or beside == allowed:
+    if not beside or beside == allowed or len(beside) * workers < len(allowed):
         return None
     os.sched_setaffinity(0, beside)
     return f"bound to {len(beside)} of {len(allowed)} CPUs, those of NUMA node {node}"

@@ -77,7 +77,7 @@ def start_process_group(plan: RunPlan) -> torch.device:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        if (said := bind_beside(device)) is not None:
+        if (said := bind_beside(device, int(os.environ["LOCAL_WORLD_SIZE"]))) is not None:
             log.info("%s", said)
         if plan.config.train.gpu_memory_gib is not None:
             _, total = torch.cuda.mem_get_info(device)

@@ -41,8 +41,8 @@ def test_a_gang_trains_across_two_hosts_as_on_one(tmp_path: Path) -> None:
         )
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-6000:]
-    assert "node 10.77.0.1: GLOO_SOCKET_IFNAME=east, NCCL_SOCKET_IFNAME=east" in said
-    assert "node 10.77.0.2: GLOO_SOCKET_IFNAME=west, NCCL_SOCKET_IFNAME=west" in said
+    assert "node 10.77.0.1: GLOO_SOCKET_IFNAME=east, NCCL_SOCKET_IFNAME==east" in said
+    assert "node 10.77.0.2: GLOO_SOCKET_IFNAME=west, NCCL_SOCKET_IFNAME==west" in said
     came = re.search(r"from the west: (\d+) bytes", done.stdout)
     assert came and int(came[1]) > 6 * 1_000_000, "each step's gradients"
     one = jobs.run(tmp_path, *COMMAND, "name=one", "cluster.workers_per_node=2")
