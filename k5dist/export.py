@@ -94,6 +94,7 @@ def export_run(plan: RunPlan) -> ExportReport:
                 f"the exported model's latents differ from the trained model's by {error:.2e} (allowed {tolerance:.0e})"
             )
         (out / REPORT).write_text(json.dumps(asdict(report), indent=2))
+        storage.remove(target)  # an earlier export may have had other files
         storage.publish_folder(out, target, last=REPORT)
     return report
 

@@ -63,8 +63,10 @@ def plan_run(config: RunConfig) -> RunPlan:
 def _lora_identity(config: RunConfig) -> str:
     if config.adapter != "lora" or config.lora.init_from is None:
         return ""
-    from k5dist.model import lora_files
+    from k5dist.model import lora_files, pretrained
 
+    if submission.is_elsewhere(config) and not pretrained.is_hub_id(config.lora.init_from):
+        return f"elsewhere:{config.lora.init_from}"
     lora_files.check(config.lora, config.model)
     return lora_files.identity(config.lora)
 

@@ -199,6 +199,8 @@ def _run_identity(config: RunConfig, features_id: str, lora_identity: str) -> di
     everything = config.to_mapping()
     everything["lora"]["init_from"] = lora_identity  # what it is, not where it lies
     everything["lora"] = {key: value for key, value in everything["lora"].items() if value not in _OFF}
+    if not isinstance(config.lora.targets, str):  # however they are written
+        everything["lora"]["targets"] = config.lora.layers
     keys = ("model", "adapter", "lora", "train", "optimizer")
     # These change how fast a step is, not what it computes (but for rounding).
     speed = ("activation_checkpointing", "offload_gib", "stream_weights", "gpu_memory_gib", "compile", "attention")

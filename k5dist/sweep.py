@@ -232,7 +232,7 @@ def submit_array(sweep: Sweep) -> list[str]:
 
 
 def _tell_parent(sweep: Sweep, status: str, table: list[dict[str, Any]]) -> None:
-    """How it ended, where there is a parent; a tracking server that is gone by then changes nothing of what was done."""
+    """How it ended, where there is a parent; a tracking server that is gone by then changes nothing that was done."""
     from k5dist.tracking.parent import close_parent
 
     parent = sweep.first.config.tracking.parent

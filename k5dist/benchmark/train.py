@@ -53,11 +53,11 @@ def main(spec_path: str, result_path: str) -> int:
     results = []
     for number, benchmark in enumerate(benchmarks, 1):
         results.append(_alone(benchmark, device))
+        if dist.get_rank() == 0:
+            Path(result_path).write_text(json.dumps(results))  # each time: what fails later takes nothing with it
         if dist.get_rank() == 0 and len(benchmarks) > 1:
             peak, seconds = results[-1]["memory"]["peak_gib"], results[-1]["median_step_seconds"]
             say(f"{number} of {len(benchmarks)}: {seconds:.3f} s a step, {peak:.2f} GiB")
-    if dist.get_rank() == 0:
-        Path(result_path).write_text(json.dumps(results))
     dist.barrier()
     dist.destroy_process_group()
     return 0

@@ -68,9 +68,8 @@ def submit_each(plans: Sequence[RunPlan], overrides: Sequence[Sequence[str]]) ->
         if plan.config.cluster.dry_run:
             sys.stdout.write("---\n")
         try:
-            _to_kubernetes(
-                plan, [*typed, f"name={plan.name}"], dataclasses.replace(plan.config.kubernetes, follow=False)
-            )
+            alone = dataclasses.replace(plan.config.kubernetes, follow=False)
+            _to_kubernetes(plan, [*typed, f"name={plan.name}"], alone)
         except ConfigError as error:  # a quota, or one that is there already: the others have their turn
             refused += 1
             say(f"not submitted: {plan.name}: {error.rule}: {error.fix}")

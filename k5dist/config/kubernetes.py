@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
+from k5dist.config.cluster import is_secret_name
 from k5dist.schema import ConfigError, one_of, positive
 
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")  # RFC 1123: what names of namespaces look like
@@ -16,7 +17,6 @@ _QUANTITY = re.compile(r"[1-9]\d*(\.\d+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?|0\.\d+")
 _IMAGE = re.compile(r"(?!.*//)[a-z0-9][\w.\-/:]*(@sha256:[0-9a-f]{64})?")
 _TOLERATION = re.compile(r"(?P<key>[^=:]+)(=(?P<value>[^:]*))?:(?P<effect>NoSchedule|PreferNoSchedule|NoExecute)")
 _VARIABLE = re.compile(r"[A-Za-z_]\w*")
-_SECRET = re.compile("KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL", re.IGNORECASE)
 _MANAGED = ("/tmp/ray", "/dev/shm", "/etc/k5dist")  # folders that the pods' own volumes take
 _OF_NAMES = (
     "service_account", "image_pull_secret", "s3_secret", "mlflow_secret", "huggingface_secret", "queue",
@@ -139,7 +139,7 @@ class KubernetesConfig:
             key = f"kubernetes.environment.{name}"
             if not _VARIABLE.fullmatch(name):
                 raise ConfigError(key, value, "a variable's name", "kubernetes.environment={NCCL_IB_HCA:mlx5}")
-            if _SECRET.search(name):
+            if is_secret_name(name):
                 rule = "manifests are stored and shown, so they hold no secrets"
                 raise ConfigError(key, "…", rule, "put it into the Secret of kubernetes.s3_secret or its kin")
 

@@ -121,6 +121,8 @@ def find(init_from: str) -> FoundLora:
         rule = f"{file.rsplit('/', 1)[-1]} lacks factors"
         raise ConfigError("lora.init_from", init_from, rule, "name a LoRA with both factors of every layer")
     alpha = config.get("lora_alpha")
+    if any(value != alpha for value in (config.get("alpha_pattern") or {}).values()):
+        raise ConfigError("lora.init_from", init_from, "its layers have several alphas", "name a LoRA with one alpha")
     return FoundLora(tensors, None if alpha is None else float(alpha), bool(config.get("use_rslora", False)))
 
 

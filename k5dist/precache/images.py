@@ -21,13 +21,19 @@ def encode_images(plan: RunPlan, device: str) -> int:
         ConfigError: when one is no picture.
     """
     _, height, width = plan.config.validation_shape
+    tiling, patch_conv = plan.config.precache.vae_enable_tiling, plan.config.precache.vae_enable_patch_conv
     new = []
     for at, uri in enumerate(plan.config.validation.images):
-        facts = {"content": content_digest(uri), "sides": [height, width], "checkpoint": plan.pretrained_identity}
+        facts: dict[str, object] = {
+            "content": content_digest(uri),
+            "sides": [height, width],
+            "checkpoint": plan.pretrained_identity,
+        }
+        facts |= {"tiling": True} if tiling else {}
         key, place = key_of(facts), layout.image_uri(plan.run_uri, at)
         if not storage.exists(place) or read_header(place)[1].get("key") != key:
             new.append((uri, key, place))
-    vae = VideoAutoencoder(plan.pretrained, device) if new else None
+    vae = VideoAutoencoder(plan.pretrained, device, patch_conv=patch_conv, tiling=tiling) if new else None
     for uri, key, place in new:
         try:
             with storage.open_read(uri) as file:

@@ -12,8 +12,8 @@ def bind_beside(device: torch.device, workers: int, sys_folder: Path = Path("/sy
     """Let this process, and what it starts, run on the CPUs of its GPU's NUMA node alone.
 
     Of the CPUs that the process may use (a scheduler's share, which `workers` of this machine have together); where too
-    few of them are on that node for one worker, or nobody says which node it is (one socket, many virtual machines), all
-    stay. Returns what was done, in words; None where nothing was.
+    few of them are on that node for one worker, or nobody says which node it is (one socket, many virtual machines),
+    all stay. Returns what was done, in words; None where nothing was.
     """
     facts = torch.cuda.get_device_properties(device)
     address = f"{facts.pci_domain_id:04x}:{facts.pci_bus_id:02x}:{facts.pci_device_id:02x}.0"

@@ -228,9 +228,21 @@ class Feed:
         while True:
             order = self.dataset.epoch(epoch, self.seed, self.batch_size)
             for at, batch in enumerate(order.batches(first), start=first):
-                drawn = batch.sorted_by(self._draws(epoch, batch)) if self.rolls_out else batch
-                yield epoch, at, at == len(order) - 1, drawn
+                yield epoch, at, at == len(order) - 1, batch
             epoch, first = epoch + 1, 0
+
+    def _drawn(self) -> Iterator[tuple[int, int, bool, Batch, list[float]]]:
+        """Batches with the draws of their clips, and sorted by them, where any are rolled out. A draw is by its clip's
+        key, which has to be read for all of the batch: that is done ahead, beside the training."""
+        drawing: collections.deque[tuple[int, int, bool, Batch, Future[list[float]]]] = collections.deque()
+        for epoch, at, last, batch in self._order():
+            if not self.rolls_out:
+                yield epoch, at, last, batch, []
+                continue
+            drawing.append((epoch, at, last, batch, self._pool.submit(self._draws, epoch, batch)))
+            if len(drawing) > self.ahead:
+                *known, batch, draws = drawing.popleft()
+                yield *known, batch.sorted_by(draws.result()), sorted(draws.result())  # type: ignore[misc]
 
     def _draws(self, epoch: int, batch: Batch) -> list[float]:
         """By which clips are rolled out; fillings come last, they count for nothing."""
@@ -240,19 +252,21 @@ class Feed:
         return [draw if weight else 1.0 for draw, weight in zip(draws, batch.weights, strict=True)]
 
     def __iter__(self) -> Iterator[Step]:
-        order = self._order()
-        waiting: collections.deque[tuple[int, int, bool, Batch, list[tuple[Future[Clip], float]]]] = collections.deque()
+        order = self._drawn()
+        waiting: collections.deque[tuple[int, int, bool, Batch, list[float], list[tuple[Future[Clip], float]]]] = (
+            collections.deque()
+        )
 
         def request() -> None:
-            epoch, at, last, batch = next(order)
+            epoch, at, last, batch, draws = next(order)
             mine = batch.of_worker(self.rank, self.size)
             reads = [(self._pool.submit(self._read, epoch, row, copy), weight) for row, copy, weight in mine]
-            waiting.append((epoch, at, last, batch, reads))
+            waiting.append((epoch, at, last, batch, draws, reads))
 
         for _ in range(self.ahead):
             request()
         while True:
-            epoch, at, last, batch, reads = waiting.popleft()
+            epoch, at, last, batch, draws, reads = waiting.popleft()
             request()
             started = time.perf_counter()
             clips = [(read.result(), weight) for read, weight in reads]
@@ -262,8 +276,7 @@ class Feed:
             counts = collections.Counter(
                 of_row[row] for row, weight in zip(batch.rows, batch.weights, strict=True) if weight
             )
-            draws = self._draws(epoch, batch)[:: self.size] if self.rolls_out else []
-            yield Step(epoch, at, last, clips, batch.num_real, waited, names, dict(counts), draws)
+            yield Step(epoch, at, last, clips, batch.num_real, waited, names, dict(counts), draws[:: self.size])
 
 
 def padded_share(items: Sequence, rank: int, size: int) -> Iterable[tuple[int, bool]]:

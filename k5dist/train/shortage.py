@@ -74,6 +74,9 @@ def explained(plan: RunPlan, device: torch.device, trainer: Trainer | None = Non
         log.exception("out of memory")
         usage = measure(device, error, shards, trainer)
         text = report(plan, None if trainer is None else trainer.state.step, usage)
+        on_host = plan.config.train.stream_weights or plan.config.train.offload_gib
+        if on_host and not isinstance(error, torch.OutOfMemoryError):
+            text += "\nIt may be the host's memory, which train.stream_weights and train.offload_gib lock pages of."
         raise OutOfMemory(f"{text}\n{str(error).splitlines()[0]}", usage) from error
 
 
