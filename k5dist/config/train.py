@@ -55,8 +55,8 @@ class TrainConfig:
         if self.offload_gib < 0 or (self.offload_gib and not self.compile):
             rule = "GiB of the host's memory a worker, 0 or more; only what compiled blocks keep can be moved there"
             raise ConfigError("train.offload_gib", self.offload_gib, rule, "train.offload_gib=64 train.compile=true")
-        if self.gpu_memory_gib is not None and not 2 <= self.gpu_memory_gib < math.inf:
-            rule = "GiB of GPU memory, 2 or more (CUDA itself takes one)"
+        if self.gpu_memory_gib is not None and not 4 <= self.gpu_memory_gib < math.inf:
+            rule = "GiB of GPU memory, 4 or more (CUDA takes one, and two stay free)"
             raise ConfigError("train.gpu_memory_gib", self.gpu_memory_gib, rule, "train.gpu_memory_gib=24 or null")
         if not 0 <= self.caption_dropout <= 1:
             rule = "a probability, 0 ≤ p ≤ 1"

@@ -241,8 +241,8 @@ class Feed:
                 continue
             drawing.append((epoch, at, last, batch, self._pool.submit(self._draws, epoch, batch)))
             if len(drawing) > self.ahead:
-                *known, batch, draws = drawing.popleft()
-                yield *known, batch.sorted_by(draws.result()), sorted(draws.result())  # type: ignore[misc]
+                epoch_of, at_of, last_of, oldest, draws = drawing.popleft()
+                yield epoch_of, at_of, last_of, oldest.sorted_by(draws.result()), sorted(draws.result())
 
     def _draws(self, epoch: int, batch: Batch) -> list[float]:
         """By which clips are rolled out; fillings come last, they count for nothing."""
