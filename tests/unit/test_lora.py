@@ -101,6 +101,8 @@ def test_a_run_keeps_its_fingerprint_where_no_option_is_used() -> None:
     assert len(found | {fingerprint()}) == 6
     here, there = (fingerprint(f"lora.init_from={place}", lora_identity="lora:1") for place in ("/a", "s3://b/c"))
     assert here == there != fingerprint("lora.init_from=/a", lora_identity="lora:2")
+    listed = [fingerprint(f"lora.targets=[{names}]") for names in ("to_query,to_key", "to_key,to_query", "to_key")]
+    assert listed[0] == listed[1] != listed[2]
 
 
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 2.0), (True, 4.0)])

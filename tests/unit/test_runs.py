@@ -126,3 +126,34 @@ def test_what_does_not_run_cannot_be_stopped(root: str) -> None:
         stop(RunFacts("a", root, None))
     assert "another-machine" in stop(RunFacts("a", root, dataclasses.replace(RUNNING, beat=time.time())))
     assert storage.exists(storage.join(root, records.STOP_FILE))
+
+
+def test_a_run_that_waits_in_a_job_of_several_is_taken_out_alone(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its neighbours train in the same job, which nobody may stop for it."""
+    monkeypatch.setattr("k5dist.cluster.jobs.stop_job", lambda *_: pytest.fail("the job is that of all"))
+    waits = records.submitted(ray_job_id="k5dist-1", ray_dashboard="http://head:8265", sweep="lr-sweep")
+    assert "the others go on" in stop(RunFacts("a", root, waits))
+    found = read_record(root)
+    assert found is not None and found.state == "stopped"
+
+
+def test_what_its_scheduler_has_forgotten_is_stopped(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("k5dist.runs.schedulers._slurm_states", lambda _: [])
+    waits = records.submitted(slurm_job_id="7")
+    write_record(root, waits)
+    with pytest.raises(ConfigError, match="this run has a driver: submitted elsewhere"):
+        records.refuse_second(root, everywhere=True)
+    assert "knows it no more" in stop(RunFacts("a", root, waits))
+    records.refuse_second(root, everywhere=True)
+
+
+@pytest.mark.parametrize(("number", "state"), [("8", "submitted"), ("7", "finished")])
+def test_a_precache_on_other_nodes_leaves_its_training_waiting(
+    number: str, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_record(str(tmp_path), records.submitted(slurm_job_id="7"))
+    monkeypatch.setenv("SLURM_JOB_ID", number)
+    with records.Recorder(str(tmp_path)):
+        pass
+    found = read_record(str(tmp_path))
+    assert found is not None and (found.state, found.slurm_job_id) == (state, "7")
