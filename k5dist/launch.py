@@ -228,6 +228,8 @@ def _guarded(work: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         say("interrupted; the same command goes on from the newest checkpoint")
         return EXIT_INTERRUPTED
+    finally:
+        console.stderr = False
 
 
 def _check_folder(plan: RunPlan) -> None:
