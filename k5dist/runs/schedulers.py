@@ -51,6 +51,11 @@ def cancel_waiting(record: DriverRecord) -> str | None:
     return None
 
 
+def has_forgotten(record: DriverRecord) -> bool:
+    """Whether nothing of a run that `cancel_waiting` found not waiting can begin any more."""
+    return not (record.slurm_job_id and _slurm_states(record.slurm_job_id))
+
+
 def _slurm_states(job: str) -> list[str]:
     return _slurm(["squeue", "--noheader", "--format=%T", f"--jobs={job}"]).split()
 

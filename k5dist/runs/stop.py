@@ -7,7 +7,7 @@ import dataclasses
 from k5dist.cluster.record import DriverRecord, ask_to_stop, beat_seconds, write_record
 from k5dist.config import ConfigError
 from k5dist.runs.facts import RunFacts
-from k5dist.runs.schedulers import cancel_waiting
+from k5dist.runs.schedulers import cancel_waiting, has_forgotten
 
 
 def stop(run: RunFacts) -> str:
@@ -23,7 +23,7 @@ def stop(run: RunFacts) -> str:
         return _stop_running(run, record)
     # What was stopped, failed or lost may be queued again by its scheduler.
     said = None if run.state == "finished" else cancel_waiting(record)
-    if said is None and record.state == "submitted":
+    if said is None and record.state == "submitted" and has_forgotten(record):
         said = "its scheduler knows it no more: nothing of it waits"
     if said is None:
         fix = f"nothing is left to stop; `python -m k5dist.runs status {run.name}` says more"

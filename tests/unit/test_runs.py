@@ -139,9 +139,12 @@ def test_a_run_that_waits_in_a_job_of_several_is_taken_out_alone(root: str, monk
 
 
 def test_what_its_scheduler_has_forgotten_is_stopped(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("k5dist.runs.schedulers._slurm_states", lambda _: [])
     waits = records.submitted(slurm_job_id="7")
     write_record(root, waits)
+    monkeypatch.setattr("k5dist.runs.schedulers._slurm_states", lambda _: ["RUNNING"])
+    with pytest.raises(ConfigError, match="it does not run: submitted"):  # it is about to say that it does
+        stop(RunFacts("a", root, waits))
+    monkeypatch.setattr("k5dist.runs.schedulers._slurm_states", lambda _: [])
     with pytest.raises(ConfigError, match="this run has a driver: submitted elsewhere"):
         records.refuse_second(root, everywhere=True)
     assert "knows it no more" in stop(RunFacts("a", root, waits))
