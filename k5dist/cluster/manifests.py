@@ -85,7 +85,7 @@ def to_yaml(*manifests: Manifest) -> str:
 
 def arguments(plan: RunPlan, overrides: Sequence[str]) -> list[str]:
     """What the driver on the cluster gets: the command's own overrides, and what the plan has settled."""
-    kept = [override for override in overrides if not override.startswith(_OF_THE_SUBMISSION)]
+    kept = [override for override in overrides if not override.lstrip("+").startswith(_OF_THE_SUBMISSION)]
     return [*kept, f"name={plan.name}", f"train.batch_size={plan.batch_size}", "cluster=ray", "cluster.address=auto"]
 
 

@@ -132,7 +132,9 @@ def _job(
 
 def _arguments(tasks: Sequence[Sequence[str]]) -> list[str]:
     """Lines that make a task's overrides the script's positional parameters."""
-    quoted = [[f"  {shlex.quote(override)}" for override in task] for task in tasks]
+    # A script that was printed is there to be submitted, and then runs.
+    kept = [[each for each in task if not each.lstrip("+").startswith("cluster.dry_run=")] for task in tasks]
+    quoted = [[f"  {shlex.quote(override)}" for override in task] for task in kept]
     sets = [["set -- \\", *(f"{line} \\" for line in lines[:-1]), lines[-1]] for lines in quoted]
     if len(sets) == 1:
         return sets[0]

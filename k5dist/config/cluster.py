@@ -44,6 +44,9 @@ class ClusterConfig:
         if self.workers_per_node is not None:
             positive("cluster.workers_per_node", self.workers_per_node)
         positive("cluster.wait_seconds", self.wait_seconds)
+        if self.dry_run and self.kind not in ("slurm", "kubernetes"):
+            rule = "prints what slurm and kubernetes would be given; elsewhere the plan is what is printed"
+            raise ConfigError("cluster.dry_run", True, rule, "stages=[plan]")
         self._check_submission()
         if self.max_restarts < 0:
             raise ConfigError("cluster.max_restarts", self.max_restarts, "restarts ≥ 0", "cluster.max_restarts=3")

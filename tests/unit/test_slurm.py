@@ -91,3 +91,14 @@ def test_a_machine_without_slurm_says_so(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="no sbatch"):
         slurm.submit(jobs())
+
+
+def test_a_printed_script_runs_when_it_is_submitted() -> None:
+    (job,) = jobs("cluster.dry_run=true")
+    assert not any("dry_run" in argument for argument in arguments_of(job))
+
+
+@pytest.mark.parametrize("kind", ["local", "ray"])
+def test_what_is_not_submitted_has_no_dry_run(kind: str) -> None:
+    with pytest.raises(ConfigError, match=r"stages=\[plan\]"):
+        to_run_config(compose(["+flavour=t2v-tiny", f"cluster={kind}", "cluster.dry_run=true"]))
