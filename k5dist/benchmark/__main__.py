@@ -20,7 +20,16 @@ from k5dist.benchmark.settings import Benchmark, plan_benchmark
 from k5dist.config import ConfigError
 from k5dist.console import say, show_table
 
-STANDALONE = ("nabla", "text_attention", "vae", "text", "scale", "precache", "launch")  # these configure no run
+STANDALONE = (
+    "nabla",
+    "attention",
+    "text_attention",
+    "vae",
+    "text",
+    "scale",
+    "precache",
+    "launch",
+)  # these configure no run
 COMMANDS = ("train", "methods", "load", *STANDALONE)
 
 

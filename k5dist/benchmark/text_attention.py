@@ -47,7 +47,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def _gradients(attend: Attend, inputs: Tensors) -> tuple[Callable[[], Tensors], Tensors]:
+def gradients_of(attend: Attend, inputs: Tensors) -> tuple[Callable[[], Tensors], Tensors]:
     """The backward as something to call again and again, and (out, dq, dk, dv)."""
     leaves = [x.detach().requires_grad_() for x in inputs[:3]]
     out = attend(*leaves)
@@ -60,10 +60,10 @@ def _gradients(attend: Attend, inputs: Tensors) -> tuple[Callable[[], Tensors], 
 
 def compare(inputs: Tensors, turns: int) -> list[dict[str, Any]]:
     device, length = inputs[0].device, inputs[1].shape[1]
-    expected = _gradients(_sdpa_exact, [x[:, :, :1].float() for x in inputs])[1]
+    expected = gradients_of(sdpa_exact, [x[:, :, :1].float() for x in inputs])[1]
     rows = []
     for name, attend in (("ours", text_attention), ("flash", _sdpa)):
-        backward, found = _gradients(attend, inputs)
+        backward, found = gradients_of(attend, inputs)
         errors = [error(got[:, :, :1], reference.double()) for got, reference in zip(found, expected, strict=True)]
 
         def forward(attend: Attend = attend) -> Tensor:
@@ -76,7 +76,7 @@ def compare(inputs: Tensors, turns: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _sdpa_exact(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def sdpa_exact(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     with sdpa_kernel(SDPBackend.MATH):
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)

@@ -6,6 +6,7 @@ Shape suffixes: B batch, S tokens, H heads, D head_dim, M model_dim, E head_dim 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from k5dist.config import ConfigError
 from k5dist.model import norm_rope
 from k5dist.model.context import ContextGroup
+from k5dist.model.flash4 import flash4_attention, interface
 from k5dist.model.nabla import NablaParameters, nabla_attention, nabla_map
 from k5dist.model.text_attention import has_kernel, text_attention
 
@@ -28,27 +30,41 @@ class Rope(NamedTuple):
 
 
 FLASH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-# In order of preference. cuDNN's kernels are the fastest for long sequences on Hopper, but build a plan for every
-# shape, so the many lengths of a text's keys are not for them.
+# In order of preference. cuDNN's kernels are the fastest of PyTorch's for long sequences on Hopper, but build a plan
+# for every shape, so the many lengths of a text's keys are not for them.
 DENSE = [SDPBackend.CUDNN_ATTENTION, *FLASH]
-_PACKAGES = {"flash3": "FA3", "flash4": "FA4"}
+# (queries [B, S, H, D], keys and values [B, L, H, D]) → [B, S, H, D]
+DenseAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def prefer_flash(transformer: nn.Module, version: str) -> None:
-    """Let dense attention run FlashAttention 3 or 4 from its own package, in place of cuDNN.
+    """Let the visual blocks' dense self-attention run FlashAttention 3 or 4 ("flash3", "flash4") from its own package.
 
     Raises ConfigError when the package is not there or this torch does not know it.
     """
-    from torch.nn import attention
-
     try:
-        attention.activate_flash_attention_impl(_PACKAGES[version])
+        dense = _from_package(version)
     except (ImportError, AttributeError, ValueError, RuntimeError) as error:
         rule = f"its package must be installed, with CUDA kernels ({type(error).__name__}: {error})"
         raise ConfigError("train.attention", version, rule, "train.attention=auto") from error
     for module in transformer.modules():
-        if isinstance(module, Attention):
-            module.kernels = FLASH
+        if isinstance(module, Attention) and module.dense is dense_attention:
+            module.dense = dense
+
+
+def _from_package(version: str) -> DenseAttention:
+    if version == "flash4":
+        interface()
+        return flash4_attention
+    from torch.nn import attention
+
+    attention.activate_flash_attention_impl("FA3")
+    return flash_attention
+
+
+def flash_attention(query_BSHD: Tensor, key_BSHD: Tensor, value_BSHD: Tensor) -> Tensor:
+    """By PyTorch's own FlashAttention, or the one that was activated in its place."""
+    return dense_attention(query_BSHD, key_BSHD, value_BSHD, FLASH)
 
 
 def dense_attention(
@@ -85,11 +101,11 @@ def _prepared(norm: nn.RMSNorm, x_BSHD: Tensor, rope: Rope | None) -> Tensor:
 class Attention(nn.Module):
     """Multi-head attention with RMS-normed queries and keys; over a context-parallel group where it has one."""
 
-    def __init__(self, dim: int, head_dim: int, kernels: list[SDPBackend] = DENSE) -> None:
+    def __init__(self, dim: int, head_dim: int, dense: DenseAttention = dense_attention) -> None:
         super().__init__()
         self.head_dim = head_dim
         self.context: ContextGroup | None = None
-        self.kernels = kernels
+        self.dense = dense
         self.to_query = nn.Linear(dim, dim)
         self.to_key = nn.Linear(dim, dim)
         self.to_value = nn.Linear(dim, dim)
@@ -121,10 +137,10 @@ class Attention(nn.Module):
         if text is not None and has_kernel(query):  # every worker of a context holds the whole text
             out = text_attention(query, key, value)
         elif self.context is None:
-            out = attend(query, key, value, sparsity, self.kernels)
+            out = attend(query, key, value, sparsity, self.dense)
         else:
             query, key, value = (self.context.heads_for_tokens(x, num_tokens) for x in (query, key, value))
-            out = self.context.tokens_for_heads(attend(query, key, value, sparsity, self.kernels))
+            out = self.context.tokens_for_heads(attend(query, key, value, sparsity, self.dense))
         return self.out_layer(out.flatten(-2))
 
 
@@ -133,9 +149,9 @@ def attend(
     key_BSHD: Tensor,
     value_BSHD: Tensor,
     sparsity: NablaParameters | None,
-    kernels: list[SDPBackend] = DENSE,
+    dense: DenseAttention = dense_attention,
 ) -> Tensor:
     if sparsity is None:
-        return dense_attention(query_BSHD, key_BSHD, value_BSHD, kernels)
+        return dense(query_BSHD, key_BSHD, value_BSHD)
     blocks = nabla_map(query_BSHD, key_BSHD, sparsity)
     return nabla_attention(query_BSHD, key_BSHD, value_BSHD, blocks)

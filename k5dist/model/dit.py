@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from k5dist.config import PATCH, ModelConfig
-from k5dist.model.attention import FLASH, Attention, Rope
+from k5dist.model.attention import Attention, Rope, flash_attention
 from k5dist.model.context import ContextGroup
 from k5dist.model.crepa import CrepaHead
 from k5dist.model.gelu import gelu
@@ -171,7 +171,7 @@ class TextBlock(nn.Module):
         dim = model.model_dim
         self.text_modulation = Modulation(model.time_dim, dim, 6)
         self.self_attention_norm = nn.LayerNorm(dim, elementwise_affine=False)
-        self.self_attention = Attention(dim, model.head_dim, FLASH)
+        self.self_attention = Attention(dim, model.head_dim, flash_attention)
         self.feed_forward_norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.feed_forward = FeedForward(dim, model.ff_dim)
 
@@ -197,7 +197,7 @@ class VisualBlock(nn.Module):
         self.self_attention_norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.self_attention = Attention(dim, model.head_dim)
         self.cross_attention_norm = nn.LayerNorm(dim, elementwise_affine=False)
-        self.cross_attention = Attention(dim, model.head_dim, FLASH)
+        self.cross_attention = Attention(dim, model.head_dim, flash_attention)
         self.feed_forward_norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.feed_forward = FeedForward(dim, model.ff_dim)
 

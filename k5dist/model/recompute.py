@@ -36,8 +36,12 @@ def keep_linear(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointP
 
 
 def _is_attention(op: Any, args: Any) -> bool:
-    sparse = (torch.ops.k5dist.nabla_attention.default, torch.ops.k5dist.nabla_map.default)
-    return op in sparse or (op in _SDPA and args[0].shape[2] == args[1].shape[2])
+    ours = (
+        torch.ops.k5dist.nabla_attention.default,
+        torch.ops.k5dist.nabla_map.default,
+        torch.ops.k5dist.flash4.default,
+    )
+    return op in ours or (op in _SDPA and args[0].shape[2] == args[1].shape[2])
 
 
 def _keep_if(kept: bool) -> CheckpointPolicy:
