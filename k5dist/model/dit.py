@@ -304,6 +304,7 @@ class VideoTransformer(nn.Module):
         tokens_THW = x_BTHWM.shape[1:4]
         angles = self.visual_rope_embeddings(tokens_THW, scale_factor)[None]
         x, angles = (flatten(each, sparsity is not None) for each in (x_BTHWM, angles))
+        del x_BTHWM  # two units in a context of two
         own = angles
         if self.context is not None:
             x, own = self.context.own_tokens(x), self.context.own_tokens(angles)
