@@ -152,8 +152,8 @@ def shard(transformer: VideoTransformer, mesh: DeviceMesh, dtype: torch.dtype) -
 
 def _gather_with_forward(transformer: VideoTransformer, group: nn.Module) -> None:
     """Gather a group that no hook of its own ever will, since its modules are read and not called: DoRA's lengths, fp32
-    among a block's bf16. They are few, a number for each row, so all of them are one group, whole from here to the backward's
-    end, where FSDP2 reduces the gradients of every group whose turn it did not see.
+    among a block's bf16. They are few, a number for each row, so all of them are one group, whole from here to the
+    backward's end, where FSDP2 reduces the gradients of every group whose turn it did not see.
     """
     assert isinstance(group, FSDPModule)
     # Registered after FSDP2's own hook on the root, which must have run before anything is gathered.

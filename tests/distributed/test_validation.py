@@ -81,7 +81,7 @@ def test_the_base_is_sampled_once_and_without_what_is_trained(runs: list[tuple[R
 
 
 def test_an_average_is_what_is_validated_and_raw_weights_only_beside_it(root: Path, tiny_t2v: Path) -> None:
-    """Without `compare` losses and videos are the average's; with it the raw weights', and the average's beside them."""
+    """Without `compare` losses and videos are the average's; with it the raw weights', the average's beside them."""
     plain = make_run(root, tiny_t2v, "plain", *AVERAGED)
     alone = make_run(root, tiny_t2v, "averaged", *AVERAGED, *EMA)
     beside = make_run(root, tiny_t2v, "beside", *AVERAGED, *EMA, "validation.compare=[ema]", workers=2)
