@@ -24,6 +24,7 @@ MAX_ALTERNATIVES = 3
 MAX_NODES = 64
 NODE_SIZES = (2, 4, 8)  # GPUs of usual machines
 CLIP_LENGTHS = (121, 61, 49, 25, 17)  # 10, 5, 2.5, 2, 1 and 0.7 s at 24 frames a second
+HOST_GIB = (16, 48)  # of the host's memory, at most, for what blocks keep; no more is taken than is needed
 SMALL_RESOLUTIONS = ((384, 640), (640, 384), (256, 384), (384, 256), (256, 256))  # below the presets; all take NABLA
 
 
@@ -81,7 +82,7 @@ def alternatives(config: RunConfig, facts: ClusterFacts, excess: float = 1.0) ->
         base: Change = {"train.activation_checkpointing": "auto"}
         return [change | base for change in alternatives(_changed(config, base), facts, excess)]
     found: list[Change] = []
-    for kind in (_more_context, _more_gpus, _lighter_training, _lighter_base, _smaller_clips, _everything):
+    for kind in (_more_context, _more_gpus, _lighter_training, _lighter_base, _smaller_clips, _more_host, _everything):
         if kind is _everything and found:
             break
         for tried in kind(config, facts):
@@ -196,6 +197,18 @@ def _lighter_base(config: RunConfig, facts: ClusterFacts) -> Sequence[Iterable[C
 def _smaller_clips(config: RunConfig, facts: ClusterFacts) -> Sequence[Iterable[Change]]:
     """The one with the most tokens of those that fit, on the GPUs as they are."""
     return [_shapes(config)]
+
+
+def _more_host(config: RunConfig, facts: ClusterFacts) -> Sequence[Iterable[Change]]:
+    """What the first blocks keep waits in the host's memory, of which the plan knows nothing; with an adapter its
+    frozen weights, too. Results stay the same to the bit. For a machine's only GPU: several would lock that much each.
+    """
+    if not config.train.compile or facts.gpus_per_node > 1:
+        return []
+    sizes: list[Change] = [{"train.offload_gib": gib} for gib in HOST_GIB if gib > config.train.offload_gib]
+    streams = config.adapter == "lora" and not config.train.stream_weights
+    others: list[Change] = [{}, {"train.stream_weights": True}] if streams else [{}]
+    return [[other | size for size in sizes] for other in others]
 
 
 def _shapes(config: RunConfig) -> list[Change]:

@@ -152,6 +152,16 @@ class ShardedDora(DoraLinearVariant):
         return out if base.bias is None else out + base.bias
 
 
+def lengths_of_dora(transformer: nn.Module) -> list[nn.Module]:
+    """The modules that hold DoRA's trained lengths. None is ever called: `ShardedDora` reads their weights."""
+    return [module for path, module in transformer.named_modules() if is_length(f"{path}.weight")]
+
+
+def is_length(name: str) -> bool:
+    """Whether a parameter is a trained length of DoRA's; fp32 always: around 1 two bf16 are 1/128 apart."""
+    return name.endswith(f".lora_magnitude_vector.{ADAPTER}.weight")
+
+
 def row_norms(weight_NK: Tensor, first_RK: Tensor, second_NR: Tensor, scale: float) -> Tensor:
     """‖W + s B A‖ of each row, fp32 [N]."""
     return (weight_NK.float() + scale * (second_NR @ first_RK).float()).square().sum(dim=1).sqrt()
@@ -169,7 +179,7 @@ def initialise_trained(transformer: nn.Module, seed: int, found: dict[str, Store
     for name, parameter in transformer.named_parameters():
         if found is not None and is_adapter(name):
             fill_shard(parameter, found[name].read_rows)
-        elif ".lora_magnitude_vector." in name:
+        elif is_length(name):
             _fill_lengths(parameter, transformer.get_submodule(name.partition(".lora_")[0]))
         elif is_adapter(name) or name.startswith(HEAD):
             fill_shard(parameter, _drawn(name, parameter, seed))

@@ -12,7 +12,7 @@ from torch import nn
 from k5dist.config import CrepaConfig, LoraConfig, ModelConfig
 from k5dist.model.crepa import CrepaHead
 from k5dist.model.dit import FP32_MODULES, VideoTransformer
-from k5dist.model.lora import initialise_trained, inject
+from k5dist.model.lora import initialise_trained, inject, is_length
 from k5dist.model.lora_files import read_adapters
 from k5dist.model.pretrained import check_architecture, component_uri, read_config
 from k5dist.model.quantised import check_device, quantise_blocks
@@ -55,7 +55,8 @@ def add_head(
 
 
 def adapt(transformer: Model, lora: LoraConfig | None, frozen: torch.dtype, trained: torch.dtype) -> Model:
-    """Say what is trained and in which types it is stored, in place; `FP32_MODULES` are fp32 whatever is asked for."""
+    """Say what is trained and in which types it is stored, in place; `FP32_MODULES` and DoRA's lengths are fp32
+    whatever is asked for."""
     transformer.requires_grad_(lora is None)
     for name, parameter in transformer.named_parameters():
         fp32 = any(part in FP32_MODULES for part in name.split("."))
@@ -64,7 +65,7 @@ def adapt(transformer: Model, lora: LoraConfig | None, frozen: torch.dtype, trai
         inject(transformer, lora)
         for name, parameter in transformer.named_parameters():
             if is_adapter(name):
-                parameter.data = parameter.data.to(trained)
+                parameter.data = parameter.data.to(torch.float32 if is_length(name) else trained)
         if lora.base_dtype:
             quantise_blocks(transformer, lora.base_dtype)
     return transformer

@@ -199,6 +199,8 @@ class Trainer:
             **{f"loss/{name}": value for name, value in self.work.of_dataset.items()},
             **self.device_metrics(step, seconds),
         }
+        if self.work.alignment is not None:
+            metrics["crepa_alignment"] = self.work.alignment
         if isinstance(self.work.optimiser, Prodigy):
             metrics["prodigy_d"] = float(self.work.optimiser.shared["d"])  # times lr: the rate that is taken
         if not (math.isfinite(loss) and math.isfinite(norm)):

@@ -103,6 +103,18 @@ class Objective:
     ) -> Tensor:
         """The weighted loss of one clip, with CREPA's alignment where it is on, fp32, scalar, at a quantile of σ (the
         clip's own where none is given)."""
+        return self.training_losses(transformer, clip, text, epoch, quantile, rollout)[0]
+
+    def training_losses(
+        self,
+        transformer: nn.Module,
+        clip: Clip,
+        text: Text,
+        epoch: int,
+        quantile: float | None = None,
+        rollout: Rollout | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`training_loss`, and the alignment that is part of it, unweighted and detached; None without CREPA."""
         where = (self.train.seed, epoch, clip.key)
         sigma = self.sigma(unit_interval(*where, "sigma") if quantile is None else quantile, clip.tokens)
         if rollout is not None:
@@ -115,7 +127,9 @@ class Objective:
             first_frame=self.first_frame and not self.drops_first_frame(clip.key, epoch),
         )  # fmt: skip
         loss = self._mean(self._of_error(error), clip) * loss_weight(self.train, sigma)
-        return loss if alignment is None else loss - self.crepa_weight * alignment
+        if alignment is None:
+            return loss, None
+        return loss - self.crepa_weight * alignment, alignment.detach()
 
     @torch.no_grad()
     def validation_loss(self, transformer: nn.Module, clip: Clip, text: Text, level: int, levels: int) -> Tensor:

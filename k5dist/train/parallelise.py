@@ -19,7 +19,7 @@ from k5dist.model.attention import prefer_flash
 from k5dist.model.context import ContextGroup
 from k5dist.model.dit import FP32_MODULES, VideoTransformer, VisualBlock
 from k5dist.model.float8 import use_float8
-from k5dist.model.lora import share_dropout
+from k5dist.model.lora import lengths_of_dora, share_dropout
 from k5dist.model.weight_stream import WeightStream
 from k5dist.plan import World
 from k5dist.train.offload import Offload
@@ -137,12 +137,27 @@ def shard(transformer: VideoTransformer, mesh: DeviceMesh, dtype: torch.dtype) -
     for path, module in transformer.named_modules():
         if path.rsplit(".", 1)[-1] in FP32_MODULES and not streamed.issuperset(module.parameters()):
             fully_shard(module, mesh=fsdp_mesh, mp_policy=exact)
+    lengths = lengths_of_dora(transformer)
+    if lengths:
+        fully_shard(lengths, mesh=fsdp_mesh, mp_policy=exact)
     for block in (*transformer.text_transformer_blocks, *transformer.visual_transformer_blocks):
         fully_shard(block, mesh=fsdp_mesh, mp_policy=policy, ignored_params=streamed)
     if transformer.crepa_head is not None:
         fully_shard(transformer.crepa_head, mesh=fsdp_mesh, mp_policy=policy)
     fully_shard(transformer, mesh=fsdp_mesh, mp_policy=policy, ignored_params=streamed)
+    if lengths:
+        _gather_with_forward(transformer, lengths[0])
     _order_backward(transformer)
+
+
+def _gather_with_forward(transformer: VideoTransformer, group: nn.Module) -> None:
+    """Gather a group that no hook of its own ever will, since its modules are read and not called: DoRA's lengths, fp32
+    among a block's bf16. They are few, a number for each row, so all of them are one group, whole from here to the
+    backward's end, where FSDP2 reduces the gradients of every group whose turn it did not see.
+    """
+    assert isinstance(group, FSDPModule)
+    # Registered after FSDP2's own hook on the root, which must have run before anything is gathered.
+    transformer.register_forward_pre_hook(lambda *_: group.unshard())
 
 
 def _order_backward(transformer: VideoTransformer) -> None:

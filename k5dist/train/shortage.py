@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from k5dist import estimate, fit, memory
 from k5dist.estimate import GIB
 from k5dist.memory import Memory
+from k5dist.model.weight_stream import WeightStream
 from k5dist.plan import RunPlan
 from k5dist.world import ClusterFacts
 
@@ -46,6 +47,7 @@ class Usage:
     reserved: int = 0  # held by the allocator, allocated or not, when it ran out
     tried: int = 0  # what was asked for then
     foreign: int = 0  # the device's memory that this process's allocator does not hold
+    streamed: int = 0  # weights that lie in the host's memory
 
     @property
     def passing(self) -> int:
@@ -64,8 +66,14 @@ class OutOfMemory(Exception):
 @contextlib.contextmanager
 def explained(plan: RunPlan, device: torch.device, trainer: Trainer | None = None) -> Iterator[None]:
     """Where memory runs out inside, raises OutOfMemory with a report; without a trainer while it is being built."""
-    # Within a step FSDP2 puts gathered copies in the place of the shards that are counted.
-    shards = [] if trainer is None else [*trainer.transformer.buffers(), *trainer.transformer.parameters()]
+    # Within a step FSDP2 puts gathered copies in the place of the shards that are counted. Streamed weights come and
+    # go, and the plan has those of two blocks among what is gathered.
+    shards: list[Tensor] = []
+    if trainer is not None:
+        stream = _streamed(trainer)
+        streamed = set() if stream is None else stream.parameters
+        shards += trainer.transformer.buffers()
+        shards += [parameter for parameter in trainer.transformer.parameters() if parameter not in streamed]
     try:
         yield
     except RuntimeError as error:
@@ -80,10 +88,16 @@ def explained(plan: RunPlan, device: torch.device, trainer: Trainer | None = Non
         raise OutOfMemory(f"{text}\n{str(error).splitlines()[0]}", usage) from error
 
 
+def _streamed(trainer: Trainer) -> WeightStream | None:
+    return getattr(trainer.transformer, "stream", None)
+
+
 def measure(device: torch.device, error: Exception, shards: Sequence[Tensor], trainer: Trainer | None) -> Usage:
     """What the parts of a training hold, and the device's allocator."""
     states: list[Any] = []
+    stream = None
     if trainer is not None:
+        stream = _streamed(trainer)
         states += [value for state in trainer.work.optimiser.state.values() for value in state.values()]
         states += trainer.ema.tensors.values() if trainer.ema is not None else []
     usage = Usage(
@@ -91,6 +105,7 @@ def measure(device: torch.device, error: Exception, shards: Sequence[Tensor], tr
         gradients=_bytes([shard.grad for shard in shards if shard.grad is not None], device),
         optimizer=_bytes([state for state in states if isinstance(state, Tensor)], device),
         tried=_tried(str(error)),
+        streamed=0 if stream is None else sum(tensor.nbytes for block in stream.host for tensor in block),
     )
     if device.type != "cuda":
         return usage
@@ -131,6 +146,12 @@ def report(plan: RunPlan, step: int | None, usage: Usage) -> str:
     tried = f", when {_gib(usage.tried)} GiB more were asked for" if usage.tried else ""
     lines = [f"out of memory on {where} {when}{tried}", *_table(planned, usage)]
     lines.append(f"planned for clips of {bucket}, the largest bucket")
+    on_host = [f"{_gib(usage.streamed)} GiB of streamed weights"] if usage.streamed else []
+    if plan.recompute.offload:
+        room = f"up to {plan.config.train.offload_gib:g} GiB"
+        on_host.append(f"what the first {plan.recompute.offload} blocks keep, {room}")
+    if on_host:
+        lines.append(f"beside them in the host's memory: {' and '.join(on_host)}")
     held = max(0.0, usage.foreign - planned.runtime)
     available = min(limit, card - held)
     if available < 0.97 * limit:

@@ -34,8 +34,9 @@ class TrainStep:
     def __post_init__(self) -> None:
         self.parameters = list(trainable_parameters(self.transformer).values())
         names = [dataset.name for dataset in self.plan.config.datasets]
-        self.places = {name: 1 + i for i, name in enumerate(names)} if len(names) > 1 else {}
+        self.places = {name: i for i, name in enumerate(names)} if len(names) > 1 else {}
         self.of_dataset: dict[str, float] = {}  # mean losses of the last step's datasets, where a run has several
+        self.alignment: float | None = None  # CREPA's of the last step, the mean over its clips; None without
         self.dropout = dropout_key(self.transformer)
 
     def update(self, step: Step, number: int) -> tuple[float, float]:
@@ -47,7 +48,8 @@ class TrainStep:
         set_learning_rate(self.optimiser, learning_rate(config.optimizer, number, config.train.steps))
         # What is not drawn by a clip's own key is a function of step and worker; workers that share a clip draw alike.
         torch.manual_seed(seed_of(config.train.seed, "step", number - 1, dist.get_rank() // world.context))
-        sums = torch.zeros(1 + len(self.places), device=self.objective.device)  # of the batch, and by dataset
+        # Of the batch: loss, alignment, and the loss by dataset.
+        sums = torch.zeros(2 + len(self.places), device=self.objective.device)
         rollout = Rollout.of_step(config.rollout, config.train.seed, number)
         scale = world.data_parallel / step.num_real  # FSDP2 averages over data-parallel (× context) workers
         for i, (clip, weight) in enumerate(step.clips):
@@ -60,20 +62,25 @@ class TrainStep:
             quantile = self.objective.quantile(clip, step.epoch, step.batch, position, step.num_real)
             rolled = rollout if step.draws and step.draws[i] < rollout.chance else None
             text = self._text(step, clip)
-            loss = self.objective.training_loss(self.transformer, clip, text, step.epoch, quantile, rolled)
+            loss, alignment = self.objective.training_losses(self.transformer, clip, text, step.epoch, quantile, rolled)
             (loss * (weight * scale)).backward()
             sums[0] += loss.detach() * weight
+            if alignment is not None:
+                sums[1] += alignment * weight
             if self.places and step.datasets:
-                sums[self.places[step.datasets[i]]] += loss.detach() * weight
+                sums[2 + self.places[step.datasets[i]]] += loss.detach() * weight
         norm = clip_gradients(self.parameters, config.optimizer.max_grad_norm)
         # Stochastic rounding draws for a shard, alike on its replicas.
         torch.manual_seed(seed_of(config.train.seed, "update", number, dist.get_rank() % world.weight_shards))
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         dist.all_reduce(sums)
-        norm_value, total, *by_dataset = torch.cat([norm.to(sums.dtype)[None], sums / world.context]).tolist()
+        norm_value, total, alignments, *by_dataset = torch.cat(
+            [norm.to(sums.dtype)[None], sums / world.context]
+        ).tolist()
         sizes = step.of_dataset
-        self.of_dataset = {name: by_dataset[at - 1] / sizes[name] for name, at in self.places.items() if name in sizes}
+        self.of_dataset = {name: by_dataset[at] / sizes[name] for name, at in self.places.items() if name in sizes}
+        self.alignment = alignments / step.num_real if self.objective.crepa_weight else None
         return total / step.num_real, norm_value
 
     def _text(self, step: Step, clip: Clip) -> Text:

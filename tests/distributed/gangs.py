@@ -59,8 +59,8 @@ def select(plan: RunPlan, selected: pa.Table) -> None:
 
 
 def _key(plan: RunPlan, i: int) -> str:
-    """Runs of several buckets share a cache."""
-    (bucket,) = plan.buckets
+    """Of a clip in the plan's first bucket. Runs of several buckets share a cache."""
+    bucket = plan.buckets[0]
     return f"{bucket.frames:04x}{bucket.height:04x}{bucket.width:04x}{i:020x}"
 
 
@@ -71,7 +71,7 @@ def _write_cache(plan: RunPlan, clips: int = 10) -> None:
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    model, (bucket,) = plan.config.model, plan.buckets
+    model, bucket = plan.config.model, plan.buckets[0]
     frames, height, width = bucket.latent_shape
     records = []
     for i in range(clips):
@@ -91,9 +91,11 @@ def _write_cache(plan: RunPlan, clips: int = 10) -> None:
     layout.write_header(plan.cache_uri, plan.cache_fingerprint, IDENTITY)
 
 
-def clip_record(key: str, bucket: Bucket, mean: torch.Tensor, *, first_frame: bool = False) -> Record:
-    """A clip with this posterior mean [T, H, W, C], as precache stores it."""
-    tensors = {"mean": mean, "logvar": torch.full_like(mean, -4.0)}
+def clip_record(
+    key: str, bucket: Bucket, mean: torch.Tensor, *, first_frame: bool = False, mask: torch.Tensor | None = None
+) -> Record:
+    """A clip with this posterior mean [T, H, W, C] and mask [T, H, W, 1], as precache stores it."""
+    tensors = {"mean": mean, "logvar": torch.full_like(mean, -4.0)} | ({} if mask is None else {"mask": mask})
     if first_frame:
         tensors |= {"first_mean": mean[:1] + 0.1, "first_logvar": torch.full_like(mean[:1], -4.0)}
     columns = {"frames": bucket.frames, "height": bucket.height, "width": bucket.width}
@@ -103,7 +105,7 @@ def clip_record(key: str, bucket: Bucket, mean: torch.Tensor, *, first_frame: bo
 
 def _write_features(plan: RunPlan, keys: list[str]) -> None:
     """Random features of CREPA's on the grid of the bucket."""
-    (bucket,), crepa = plan.buckets, plan.config.crepa
+    bucket, crepa = plan.buckets[0], plan.config.crepa
     shape = (bucket.latent_shape[0], *crepa.grid(bucket.height, bucket.width), 12)
     generator = torch.Generator().manual_seed(1)
     features = {key: {"features": torch.randn(shape, generator=generator)} for key in keys}

@@ -6,7 +6,7 @@ import pytest
 
 from k5dist import export, storage
 from k5dist.cache import layout
-from tests.distributed.gangs import Gang, make_run, select, train
+from tests.distributed.gangs import Gang, assert_close, make_run, select, train
 from tests.distributed.test_context import NABLA, STEPS
 from tests.distributed.test_tread import check_same
 
@@ -23,11 +23,19 @@ def test_workers_that_share_clips_or_shards_align_as_one(tmp_path: Path, tiny_t2
     )
     results = train(one, two, plain)
     check_same(results[1], results[0])
-    assert abs(results[0].losses[1] - results[2].losses[1]) > 1e-3, "it is aligned"
+    alone, shared = (result.metric("crepa_alignment") for result in results[:2])
+    assert sorted(alone) == [1, 2, 3]
+    for step, alignment in alone.items():
+        assert shared[step] == pytest.approx(alignment, abs=1e-5)
+    difference = results[2].losses[1] - results[0].losses[1]
+    assert abs(difference) > 1e-3, "it is aligned"
+    assert difference == pytest.approx(0.3 * alone[1], abs=1e-5), "what is told is what the loss holds"
+    assert all("crepa_alignment" not in event["metrics"] for event in results[2].events("step"))
     report = export.export_run(one)
     assert report.error <= report.tolerance < report.difference_to_base, "without the head"
     (shards,) = train(make_run(tmp_path, tiny_t2v, "shards", *STEPS[:1], ODD[0], *ON, workers=2))
     check_same(shards, results[0])
+    assert_close(shards.metric("crepa_alignment"), alone, 1e-4)
 
 
 def test_tokens_in_nablas_order_meet_their_own_features(tmp_path: Path, tiny_nabla: Path) -> None:

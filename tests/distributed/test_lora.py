@@ -66,6 +66,9 @@ def test_rounded_bases_over_shards_and_their_exports(root: Path, tiny_t2v: Path)
     assert_close(two.losses, one.losses, FP32)
     assert_close(two.norms, one.norms, FP32)
     assert_close(two_halves.losses, one_half.losses, BF16)
+    (streamed,) = train(make_run(root, tiny_t2v, "streamed", *INT8, "train.stream_weights=true", workers=2))
+    assert streamed.losses == two.losses, "each worker's copy in the host's memory is the shards', to the bit"
+    assert streamed.norms == two.norms
     for plan in (int8[1], float8[1]):
         report = export.export_run(with_merge(plan))
         assert report.error <= report.tolerance < report.difference_to_base

@@ -27,6 +27,8 @@ SETTINGS += ("validation.num_frames=5", "validation.timesteps=2", "train.batch_s
 # Soon worse than at the first validation.
 DIVERGING = (*SETTINGS, "optimizer.lr=0.03", "train.steps=12", "validation.patience=2", "validation.compare=[base]")
 DIVERGING += ("export.checkpoint=best",)
+AVERAGED = (*SETTINGS, "adapter=full", "optimizer.lr=3e-3", "train.steps=4")
+EMA = ("ema.enabled=true", "ema.decay=0.7")
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,31 @@ def test_the_base_is_sampled_once_and_without_what_is_trained(runs: list[tuple[R
     for name, video in ours.items():
         torch.testing.assert_close(video, theirs[name], rtol=0, atol=2e-3)
     assert len({tuple(event["places"]["base"]) for event in alone.events("videos")}) == 1
+
+
+def test_an_average_is_what_is_validated_and_raw_weights_only_beside_it(root: Path, tiny_t2v: Path) -> None:
+    """Without `compare` losses and videos are the average's; with it the raw weights', the average's beside them."""
+    plain = make_run(root, tiny_t2v, "plain", *AVERAGED)
+    alone = make_run(root, tiny_t2v, "averaged", *AVERAGED, *EMA)
+    beside = make_run(root, tiny_t2v, "beside", *AVERAGED, *EMA, "validation.compare=[ema]", workers=2)
+    (raw, average), (both,) = train(plain, alone), train(beside)
+    assert_close(both.losses, raw.losses, 1e-4)
+    told = {event["step"]: event["losses"] for event in both.events("validation")}
+    assert sorted(told) == [0, 2, 4]
+    assert {step: losses["loss"] for step, losses in told.items()} == pytest.approx(validations(raw), rel=1e-4)
+    averages = {step: losses["ema/loss"] for step, losses in told.items()}
+    assert averages == pytest.approx(validations(average), rel=1e-4)
+    assert averages[0] == told[0]["loss"], "before step 1 they are the same"
+    assert abs(averages[4] / told[4]["loss"] - 1) > 2e-3, "and later not"
+    shown = latents(beside, step_folder(4))
+    assert len(shown) == 6
+    for name, video in latents(plain, step_folder(4)).items():
+        torch.testing.assert_close(shown[name], video, rtol=0, atol=5e-3)
+        of_average = latents(alone, step_folder(4))[name]
+        torch.testing.assert_close(shown[f"{name}-ema"], of_average, rtol=0, atol=5e-3)
+        assert (of_average - video).abs().max() > 3e-2, "each is told from the other"
+    places = both.events("videos")[-1]["places"]
+    assert [Path(place).name for place in places["ema"]] == [f"{Path(place).name}-ema" for place in places["trained"]]
 
 
 def test_an_early_stop_keeps_the_best_and_its_export(runs: list[tuple[RunPlan, Result]]) -> None:

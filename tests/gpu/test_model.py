@@ -132,14 +132,15 @@ def test_dense_bf16_is_as_near_to_fp32_as_diffusers(flavour: str, recompute: Rec
         lambda m: predict_velocity(m, model, latents.bfloat16(), first_frame, time, text.to(GPU, torch.bfloat16)),
     )
     (exact, exact_grads), (stock_out, stock_grads) = stocks
-    assert relative(out, exact) <= 1.3 * relative(stock_out, exact) + 1e-3
+    ours_off, stock_off = relative(out, exact), relative(stock_out, exact)
+    assert ours_off <= 1.3 * stock_off + 1e-3, f"ours is off by {ours_off:.2e}, diffusers' by {stock_off:.2e}"
     noise = {name: relative(stock_grads[name], exact_grads[name]) for name in grads}
     errors = {name: relative(grads[name], exact_grads[name]) for name in grads}
     # Gradients of queries' and keys' biases are sums that almost cancel: noise by themselves, twice as large for one
     # order of rounding as for another on the same inputs.
     factor = {name: 3.0 if name.endswith(("to_query.bias", "to_key.bias")) else 1.5 for name in grads}
     worse = {name: (errors[name], noise[name]) for name in grads if errors[name] > factor[name] * noise[name] + 5e-3}
-    assert not worse
+    assert not worse, {name: f"{ours:.2e} beside {theirs:.2e}" for name, (ours, theirs) in worse.items()}
 
 
 @pytest.mark.parametrize("flavour", ["t2v-lite-sft-10s", "t2v-pro-sft-5s-hd"])
@@ -169,11 +170,14 @@ def test_nabla_bf16_is_near_the_masked_reference_in_fp32(flavour: str) -> None:
     with torch.no_grad():
         unmasked = predict_velocity(dense.to(GPU), regular, latents, False, time, text)
     (exact, exact_grads), (out, grads) = results
-    assert relative(out, exact) <= 3e-2
-    assert relative(unmasked, exact) > 2 * relative(out, exact), "dense attention is something else"
+    off, other = relative(out, exact), relative(unmasked, exact)
+    assert off <= 3e-2, f"off by {off:.2e}"
+    assert other > 2 * off, f"dense attention is something else: {other:.2e} beside {off:.2e}"
     errors = {name: relative(grads[name], exact_grads[name]) for name in grads if not name.endswith("to_key.bias")}
-    assert max(errors.values()) <= 0.15, max(errors, key=lambda name: errors[name])
-    assert sum(errors.values()) / len(errors) <= 4e-2
+    largest = sorted(((error, name) for name, error in errors.items()), reverse=True)[:5]
+    assert largest[0][0] <= 0.15, largest
+    mean = sum(errors.values()) / len(errors)
+    assert mean <= 4e-2, (mean, largest)
 
 
 def test_the_kernels_run_where_they_should(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,4 +231,5 @@ def test_a_step_waits_for_the_device_once(tmp_path: Any, monkeypatch: pytest.Mon
         finally:
             dist.destroy_process_group()
         waits = [str(w.message) for w in caught if "synchroniz" in str(w.message)]
-        assert len(waits) == 1, [f"{w.filename}:{w.lineno}" for w in caught]
+        places = [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
+        assert len(waits) == 1, (adapter, places)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from k5dist.config import Route
 from k5dist.estimate import Recompute
@@ -11,7 +12,7 @@ from k5dist.model.dit import VideoTransformer
 from k5dist.model.forward import Text, predict_velocity
 from k5dist.model.tread import Routing
 from k5dist.train.parallelise import compile_blocks, set_recompute
-from tests.gpu.test_model import GPU, in_bf16, model_config, weights
+from tests.gpu.test_model import GPU, in_bf16, model_config, relative, weights
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,7 +32,7 @@ def test_routed_blocks_run_through_the_kernels(flavour: str) -> None:
     in_bf16(ours)
     set_recompute(ours, Recompute(1, 2))
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    counter = CompileCounterWithBackend("inductor")
     compile_blocks(ours, backend=counter)
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(1, 5, 32, 48, 16, generator=generator).to(GPU)
@@ -43,15 +44,18 @@ def test_routed_blocks_run_through_the_kernels(flavour: str) -> None:
         text = Text(qwen, torch.randn(1, model.in_text_dim2, generator=generator))
         out, grads = [], []
         for transformer, dtype in ((exact, torch.float32), (ours, torch.bfloat16)):
-            noisy = latents.to(dtype).requires_grad_()
+            noisy = latents.to(dtype, copy=True).requires_grad_()  # leaves of their own, in fp32 as well
             velocity = predict_velocity(transformer, model, noisy, False, time, text.to(GPU, dtype), routing)
             velocity.float().square().mean().backward()
             assert noisy.grad is not None
             out.append(velocity.detach().float())
             grads.append(noisy.grad.float())
-        for found, expected in (out[::-1], grads[::-1]):
-            assert (found - expected).norm() / expected.norm() < 5e-2  # maps of bf16 swap a block near the threshold
-        whole = predict_velocity(ours, model, latents.bfloat16(), False, time, text.to(GPU, torch.bfloat16))
-        assert (whole.float() - out[1]).norm() / out[1].norm() > 1e-3, "some tokens did skip"
+        errors = {"velocity": relative(out[1], out[0]), "gradient": relative(grads[1], grads[0])}
+        assert errors["velocity"] < 5e-2, errors
+        # Each makes its own map: a block near the threshold that one keeps and the other does not costs gradients most.
+        assert errors["gradient"] < (0.1 if model.is_sparse else 5e-2), errors
+        with torch.no_grad():
+            whole = predict_velocity(exact, model, latents, False, time, text.to(GPU, torch.float32))
+        assert relative(whole, out[0]) > 1e-3, "some tokens did skip"
         counts.append(counter.frame_count)
-    assert counts[1] == counts[2], "another draw is no new graph"
+    assert counts[1] == counts[2], f"another draw is no new graph: {counts}"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from k5dist import memory
 from k5dist.compose import compose, to_run_config
 from k5dist.config import ConfigError, RunConfig
 from k5dist.datasets import DatasetConfig
@@ -142,6 +143,21 @@ def test_a_plan_has_the_buckets_of_all_datasets() -> None:
     plan = plan_of(f"data.datasets={entries}")
     assert plan.buckets == (Bucket(17, 64, 64), Bucket(13, 64, 96))
     assert RunPlan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize("flavour", ["t2v-lite-sft-5s", "t2v-pro-sft-5s-hd"])
+def test_images_and_videos_of_two_lengths_are_planned_by_the_longest(flavour: str) -> None:
+    entries = "{films:{source:a},shorts:{source:b,num_frames:61},stills:{source:c,num_frames:1}}"
+    shared = (f"+flavour={flavour}", "data.resolution=[512,768]", "train.timestep_shift=resolution")
+    mixed, long = (
+        make_plan(configure(*shared, f"data.datasets={sets}"), ClusterFacts(8, "NVIDIA H200"), "weights")
+        for sets in (entries, "{films:{source:a}}")
+    )
+    assert mixed.buckets == tuple(Bucket(frames, 512, 768) for frames in (121, 61, 1))
+    assert memory.largest(mixed.buckets).frames == 121
+    assert mixed.recompute == long.recompute
+    needs = [memory.predict(mixed.config, mixed.world, bucket, mixed.recompute).total for bucket in mixed.buckets]
+    assert needs == sorted(needs, reverse=True)
 
 
 def test_short_clips_have_buckets_of_their_own() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from k5dist import estimate, memory
+from k5dist import estimate, fit, memory
 from k5dist.compose import compose, to_run_config
 from k5dist.config import RunConfig
 from k5dist.estimate import GIB
@@ -110,6 +111,23 @@ def test_an_adapters_base_can_leave_or_shrink() -> None:
     assert any("train.stream_weights=true" in change for change in settings(text)), text
 
 
+def test_what_lies_in_the_hosts_memory_is_told_and_proposed() -> None:
+    """A share of 24 GiB for Pro: weights leave the GPU, and what blocks keep; the report of a shortage names both."""
+    pro = ("+flavour=t2v-pro-sft-5s-hd", "data.resolution=[512,768]", "train.gpu_memory_gib=24")
+    config, facts = configure(*pro), ClusterFacts(1, H100)
+    found = [change for tried in fit._more_host(config, facts) for change in tried if fit.fits(config, facts, change)]
+    moved = fit.words(found[0])
+    assert "train.stream_weights=true" in moved
+    assert not fit._more_host(config, ClusterFacts(8, H100)), "eight workers would lock that much each"
+    plan = planned(*pro, *moved.split())
+    assert plan.recompute.offload > 0
+    text = report(plan, 1, dataclasses.replace(usage(plan, 1.1), streamed=35 * 2**30))
+    assert "35.00 GiB of streamed weights" in text
+    assert f"what the first {plan.recompute.offload} blocks keep, up to {moved[-2:]} GiB" in text
+    assert rows(text)["weights"][0] == pytest.approx(prediction(plan).weights / GIB, abs=0.006)
+    assert "host's memory" not in report(planned(*LITE), 1, usage(planned(*LITE), 1.1))
+
+
 def test_others_memory_and_fragments_are_named() -> None:
     plan = planned(*LITE)
     used = usage(plan, 0.6, foreign=32.0)
@@ -163,6 +181,18 @@ def test_a_step_counts_what_lies_there(tmp_path: Path, tiny_t2v: Path, group: No
     text = str(caught.value)
     assert text.startswith("out of memory on worker after step 1, when 2.50 GiB more were asked for")
     assert text.endswith(MESSAGE)
+
+
+def test_streamed_weights_are_counted_where_they_lie(tmp_path: Path, tiny_t2v: Path, group: None, scarce: None) -> None:
+    plan = make_run(tmp_path, tiny_t2v, "streamed", "train.stream_weights=true", "train.batch_size=1")
+    with pytest.raises(OutOfMemory) as caught, contextlib.ExitStack() as stack:
+        worker.work(plan, CPU, stack)
+    used, model = caught.value.usage, plan.config.model
+    streamed = 4 * model.num_visual_blocks * estimate.visual_block_parameters(model)
+    assert used.streamed == streamed
+    exact = 4 * estimate.parameters(model) + memory_trained(plan.config) * 4 - streamed
+    assert exact <= used.weights < 1.4 * exact, "of the streamed ones none, though two blocks' are there"
+    assert f"{streamed / GIB:.2f} GiB of streamed weights" in str(caught.value)
 
 
 def memory_trained(config: RunConfig) -> int:

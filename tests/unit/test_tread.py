@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from k5dist import memory
 from k5dist.cache.keys import seed_of
@@ -133,7 +134,7 @@ def test_a_route_is_one_graph_whatever_is_drawn(tiny_nabla: Path) -> None:
     plain, compiled, model = our_model(tiny_nabla), our_model(tiny_nabla), model_config(tiny_nabla)
     assert isinstance(compiled, VideoTransformer)
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compile_blocks(compiled, backend=counter)
     latents, time = random(1, 5, 16, 16, 16), torch.tensor([500.0])
     counts = []
