@@ -26,7 +26,6 @@ from k5dist.estimate import GIB
 from k5dist.plan import ClusterFacts, Estimates, RunPlan, estimates, make_plan
 from k5dist.retry import StorageUnavailable
 
-REFERENCE_NABLA_TOKENS = 16_384  # a head's boolean mask of S × S stays below 300 MB
 _MULTIRUN = {"-m", "--multirun"}
 EXIT_CONFIG, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
 
@@ -79,16 +78,6 @@ def _identity(config: RunConfig, only_planning: bool) -> str:
     if only_planning and not pretrained.is_hub_id(config.pretrained) and not config.flavour.generated:
         pretrained.check(config)
     return pretrained.identity(config)
-
-
-def refuse_unfinished(plan: RunPlan) -> None:
-    """What this release plans but does not run is said before anything starts, never done half."""
-    config = plan.config
-    tokens = max(bucket.tokens for bucket in plan.buckets)
-    if config.model.is_sparse and plan.world.device == "cpu" and tokens > REFERENCE_NABLA_TOKENS:
-        rule = f"on a CPU NABLA expands the block map to a mask, which {tokens:,} tokens would fill the memory with"
-        fix = f"a bucket of at most {REFERENCE_NABLA_TOKENS:,} tokens (smaller sides, fewer frames), or a GPU"
-        raise ConfigError("data.resolution", config.data.resolution, rule, fix)
 
 
 def show_plan(plan: RunPlan) -> None:
@@ -199,7 +188,7 @@ def _launch(config: RunConfig, resolved_yaml: str, overrides: Sequence[str]) -> 
         say(f"plan: {plan.plan_uri}")
         return 0
     if submission.is_submitted(config.cluster):
-        refuse_unfinished(plan)
+        fit.refuse_unfinished(plan)
         return submission.submit(plan, overrides)
     return run_plan(plan, resolved_yaml)
 
@@ -249,7 +238,7 @@ def run_plan(plan: RunPlan, resolved_yaml: str, sweep_name: str | None = None) -
     from k5dist.precache.sources import Listing
     from k5dist.precache.upkeep import CacheDamaged
 
-    refuse_unfinished(plan)
+    fit.refuse_unfinished(plan)
     refuse_second(plan.run_uri)
     source = check_source(plan) if plan.config.prepares else Listing.of(())
     sweep.check_store(plan)

@@ -17,7 +17,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from k5dist import storage
+from k5dist import fit, storage
 from k5dist.cluster import slurm, submission
 from k5dist.cluster.record import read_record, refuse_second, submitted, write_record
 from k5dist.compose import compose, expand_sweep, to_run_config
@@ -25,6 +25,7 @@ from k5dist.config import ConfigError, RunConfig
 from k5dist.console import console, say, show_table
 from k5dist.plan import RunPlan
 from k5dist.retry import StorageUnavailable
+from k5dist.tracking.parent import close_parent, named_parent, open_parent
 from k5dist.tracking.redact import redact_text
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
@@ -43,6 +44,12 @@ class Sweep:
     @property
     def first(self) -> RunPlan:
         return self.plans[0]
+
+    @property
+    def identity(self) -> str:
+        """A digest of the runs' folders: the same for the same sweep."""
+        folders = sorted(plan.run_uri for plan in self.plans)
+        return hashlib.sha256(json.dumps(folders).encode()).hexdigest()[:16]
 
     @property
     def swept(self) -> dict[str, str]:
@@ -70,8 +77,10 @@ def multirun(arguments: list[str], plan: Planner, prepare: Planner, run: Run) ->
     cluster, stages = sweep.first.config.cluster, sweep.first.config.stages
     if stages == ("plan",):
         return 0
-    if cluster.kind == "kubernetes":
-        return submission.submit_each(sweep.plans, sweep.overrides)
+    for planned in sweep.plans:
+        fit.refuse_unfinished(planned)
+    if cluster.kind == "kubernetes":  # the tracking server is the cluster's own: the runs make their parent there
+        return submission.submit_each(sweep.plans, sweep.overrides, named_parent(sweep.identity, sweep.name))
     if cluster.kind == "slurm":
         if cluster.dry_run:
             sys.stdout.writelines(job.script for job in slurm.sweep_jobs(sweep.name, sweep.plans, sweep.overrides))
@@ -144,14 +153,12 @@ def make_sweep(configs: Sequence[RunConfig], overrides: Sequence[Sequence[str]],
 
 def with_parent(sweep: Sweep) -> Sweep:
     """The same with the parent's id in each run's configuration; the parent is made where there is none."""
-    from k5dist.tracking.parent import open_parent
-
     parent = open_parent(
         uri=sweep.first.tracking_uri,
         experiment=sweep.first.config.tracking.experiment,
         name=sweep.name,
         artifact_root=storage.join(storage.normalise(sweep.first.config.storage.root), "mlartifacts"),
-        sweep=hashlib.sha256(json.dumps(sorted(plan.run_uri for plan in sweep.plans)).encode()).hexdigest()[:16],
+        sweep=sweep.identity,
         swept=sweep.swept,
     )
     plans = []
@@ -233,8 +240,6 @@ def submit_array(sweep: Sweep) -> list[str]:
 
 def _tell_parent(sweep: Sweep, status: str, table: list[dict[str, Any]]) -> None:
     """How it ended, where there is a parent; a tracking server that is gone by then changes nothing that was done."""
-    from k5dist.tracking.parent import close_parent
-
     parent = sweep.first.config.tracking.parent
     if parent is None:
         return

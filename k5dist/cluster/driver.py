@@ -26,6 +26,7 @@ from k5dist.plan import RunPlan
 from k5dist.precache.pipeline import precache
 from k5dist.precache.sources import Listing
 from k5dist.precache.upkeep import CacheDamaged, explain, prune_cache, verify_cache
+from k5dist.tracking.parent import join_parent
 from k5dist.tracking.run import TrackedRun
 from k5dist.train.checkpoint import committed_steps
 from k5dist.train.history import is_complete
@@ -63,11 +64,17 @@ def tracked_run(plan: RunPlan, artifact_root: str) -> TrackedRun:
     run_id = json.loads(storage.read_text(uri))["run_id"] if storage.exists(uri) else None
     tags = {"flavour": plan.config.flavour.name, "run_fingerprint": plan.run_fingerprint}
     tags |= {"cache_fingerprint": plan.cache_fingerprint, "run_uri": plan.run_uri}
-    if plan.config.tracking.parent is not None:
-        tags["mlflow.parentRunId"] = plan.config.tracking.parent
+    tracking = plan.config.tracking
+    if tracking.parent is not None:
+        tags["mlflow.parentRunId"] = join_parent(
+            uri=plan.tracking_uri,
+            experiment=tracking.experiment,
+            artifact_root=artifact_root,
+            parent=tracking.parent,
+        )
     return TrackedRun(
         uri=plan.tracking_uri,
-        experiment=plan.config.tracking.experiment,
+        experiment=tracking.experiment,
         run_name=plan.name,
         artifact_root=artifact_root,
         run_id=run_id,

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from k5dist.compose import compose, to_run_config
-from k5dist.launch import EXIT_CONFIG, launch, refuse_unfinished
+from k5dist.fit import refuse_unfinished
+from k5dist.launch import EXIT_CONFIG, launch
 from k5dist.plan import ClusterFacts, RunPlan, make_plan
 
 

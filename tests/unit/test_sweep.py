@@ -6,12 +6,14 @@ import json
 import subprocess
 
 import pytest
+import yaml
 
 from k5dist.cluster import jobs, slurm
+from k5dist.cluster.manifests import ARGUMENTS_ANNOTATION
 from k5dist.compose import compose, expand_sweep, to_run_config
 from k5dist.config import ConfigError, RunConfig
 from k5dist.plan import ClusterFacts, RunPlan, make_plan
-from k5dist.sweep import Sweep, make_sweep
+from k5dist.sweep import Sweep, make_sweep, multirun
 
 TINY = ["+flavour=t2v-tiny", "name=a"]
 
@@ -74,6 +76,37 @@ def test_a_job_array_after_one_job_that_makes_the_cache() -> None:
     other = sweep_of("cluster=slurm", "cluster.nodes=1", "train.seed=1,2")
     with pytest.raises(ConfigError, match="the same nodes"):
         slurm.sweep_jobs("s", [sweep.plans[0], other.plans[0]], [sweep.overrides[0], other.overrides[0]])
+
+
+KUBERNETES = (
+    *("cluster=kubernetes", "cluster.gpus_per_node=0", "cluster.dry_run=true", "kubernetes.image=k5dist:1"),
+    *("storage.root=s3://bucket/k5", "tracking.uri=http://mlflow:5000"),
+)
+
+
+def run_multirun(*arguments: str) -> int:
+    return multirun([*arguments], plan, plan, lambda *_: pytest.fail("nothing runs here"))
+
+
+def test_rayjobs_are_told_whose_children_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    typed = [*TINY, *KUBERNETES, "train.seed=1,2"]
+    assert run_multirun(*typed) == 0
+    rayjobs = list(yaml.safe_load_all(capsys.readouterr().out))
+    told = set()
+    for rayjob, made in zip(rayjobs, sweep_of(*typed[len(TINY) :]).plans, strict=True):
+        head = rayjob["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]
+        there = plan(to_run_config(compose(json.loads(head["metadata"]["annotations"][ARGUMENTS_ANNOTATION]))))
+        assert (there.name, there.run_fingerprint) == (made.name, made.run_fingerprint)
+        told.add(there.config.tracking.parent)
+    (parent,) = told
+    assert parent is not None and parent.startswith("sweep:") and parent.endswith(":a-sweep")
+
+
+@pytest.mark.parametrize("where", [KUBERNETES, ("cluster=slurm", "cluster.dry_run=true"), ()])
+def test_what_would_not_run_is_not_submitted(where: tuple[str, ...]) -> None:
+    large = ["+flavour=t2v-tiny-nabla", "name=a", "data.resolution=[1024,1024]", "data.num_frames=61"]
+    with pytest.raises(ConfigError, match="65,536 tokens"):
+        run_multirun(*large, *where, "train.seed=1,2")
 
 
 def test_a_ray_job_gets_the_plan_and_of_the_environment_what_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
