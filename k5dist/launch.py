@@ -187,6 +187,9 @@ def _launch(config: RunConfig, resolved_yaml: str, overrides: Sequence[str]) -> 
             storage.publish_bytes(plan.plan_uri, plan.to_json().encode())
         say(f"plan: {plan.plan_uri}")
         return 0
+    if config.cluster.overlap:
+        rule = "overlaps the runs of a sweep, and this is a single run"
+        raise ConfigError("cluster.overlap", True, rule, "cluster.overlap=false, or several runs by -m")
     if submission.is_submitted(config.cluster):
         fit.refuse_unfinished(plan)
         return submission.submit(plan, overrides)
@@ -231,7 +234,7 @@ def _check_folder(plan: RunPlan) -> None:
         raise ConfigError("name", plan.name, rule, "choose another name, or resume=never to replace what is there")
 
 
-def run_plan(plan: RunPlan, resolved_yaml: str, sweep_name: str | None = None) -> int:
+def run_plan(plan: RunPlan, resolved_yaml: str, sweep_name: str | None = None, following: RunPlan | None = None) -> int:
     from k5dist.cluster.driver import TrainingFailed, run_stages, tracked_run
     from k5dist.cluster.record import RAYJOB, Recorder, refuse_second
     from k5dist.precache.pipeline import PrecacheError, check_source
@@ -254,7 +257,7 @@ def run_plan(plan: RunPlan, resolved_yaml: str, sweep_name: str | None = None) -
                 storage.publish_bytes(storage.join(plan.run_uri, "tracking.json"), _tracking_json(tracked.run_id))
                 tracked.log_config(resolved_yaml, plan.to_json(), _flat(plan.config.to_mapping()))
                 tracked.log_git(Path(__file__).parent.parent)
-                summary = run_stages(plan, tracked, source, record)
+                summary = run_stages(plan, tracked, source, record, following)
                 summary.append(("tracking", tracked.url))
             show_table("Done", summary)
         return 0

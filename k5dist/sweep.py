@@ -30,7 +30,8 @@ from k5dist.tracking.redact import redact_text
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 Planner = Callable[[RunConfig], RunPlan]
-Run = Callable[[RunPlan, str, str | None], int]  # a plan, its configuration as YAML, the sweep's name → exit status
+# A plan, its configuration as YAML, the sweep's name, whose precache may begin beside the training → exit status.
+Run = Callable[[RunPlan, str, str | None, RunPlan | None], int]
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,14 @@ class Sweep:
                 key, _, value = override.partition("=")
                 values.setdefault(key.lstrip("+"), []).append(value)
         return {key: ", ".join(dict.fromkeys(taken)) for key, taken in values.items() if len(set(taken)) > 1}
+
+    def following(self, at: int) -> RunPlan | None:
+        """The next run with a precache that finds its work not done by those before it, if run `at` trains."""
+        done = {plan.what_is_encoded for plan in self.plans[: at + 1]}
+        if not {"train", "validate"} & set(self.plans[at].config.stages):
+            return None
+        later = (plan for plan in self.plans[at + 1 :] if "precache" in plan.config.stages)
+        return next((plan for plan in later if plan.what_is_encoded not in done), None)
 
     def describe(self, at: int) -> str:
         """What is particular about one run."""
@@ -106,7 +115,7 @@ def resolved(files: Sequence[str], prepare: Planner, run: Run) -> int:
     """Runs as `cluster.submit` ships them: whole configurations, one after another where there are several."""
     plans = [prepare(RunConfig.from_mapping(json.loads(Path(file).read_text()))) for file in files]
     if len(plans) == 1:
-        return run(plans[0], _yaml(plans[0].config), None)
+        return run(plans[0], _yaml(plans[0].config), None, None)
     record = read_record(plans[0].run_uri)
     name = (record.sweep if record else None) or "sweep"
     return run_sweep(Sweep(name, tuple(plans), ((),) * len(plans)), run, submitted_together=True)
@@ -172,13 +181,15 @@ def run_sweep(sweep: Sweep, run: Run, *, submitted_together: bool = False) -> in
     """One after another, here; a run that fails, or is stopped by name, does not keep the others from theirs. Of runs
     that were submitted in one job some may have been stopped before their turn."""
     statuses = [0] * len(sweep.plans)
+    _check_overlap(sweep)
     try:
         for at, plan in enumerate(sweep.plans):
             if submitted_together and _taken_out(plan):
                 say(f"run {at + 1} of {len(sweep.plans)} was stopped before its turn: {plan.name}")
                 continue
             say(f"run {at + 1} of {len(sweep.plans)} of {sweep.name}: {sweep.describe(at) or plan.name}")
-            statuses[at] = _run_child(plan, sweep.name, run)
+            following = sweep.following(at) if plan.config.cluster.overlap else None
+            statuses[at] = _run_child(plan, sweep.name, run, following)
     except KeyboardInterrupt:
         say("interrupted; the same command goes on with this sweep")
         return _close(sweep, "KILLED", EXIT_INTERRUPTED)
@@ -192,10 +203,24 @@ def _taken_out(plan: RunPlan) -> bool:
     return record is not None and record.state == "stopped"
 
 
-def _run_child(plan: RunPlan, name: str, run: Run) -> int:
+def _check_overlap(sweep: Sweep) -> None:
+    """Raises ConfigError where a training leaves nothing to the precache that may go on beside it."""
+    from k5dist.cluster.ahead import check_room_beside
+
+    beside = [(plan, sweep.following(at)) for at, plan in enumerate(sweep.plans) if plan.config.cluster.overlap]
+    worlds = {plan.world: (plan, following) for plan, following in beside if following is not None}
+    try:
+        for plan, following in worlds.values():
+            check_room_beside(plan, following)
+    except ConfigError:
+        _tell_parent(sweep, "FAILED", [])
+        raise
+
+
+def _run_child(plan: RunPlan, name: str, run: Run, following: RunPlan | None) -> int:
     """What ends a run alone in a message ends this one with it, and not the sweep."""
     try:
-        return run(plan, _yaml(plan.config), name)
+        return run(plan, _yaml(plan.config), name, following)
     except ConfigError as error:
         sys.stderr.write(error.block() + "\n")
     except StorageUnavailable as error:

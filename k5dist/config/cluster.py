@@ -49,7 +49,7 @@ class ClusterConfig:
             rule = "prints what slurm and kubernetes would be given; elsewhere the plan is what is printed"
             raise ConfigError("cluster.dry_run", True, rule, "stages=[plan]")
         if self.overlap and self.kind not in ("local", "ray"):
-            rule = "overlaps the runs of a sweep that one process takes one after another; schedulers run them side by side"
+            rule = "overlaps a sweep's runs that one process takes one after another; a scheduler has them side by side"
             raise ConfigError("cluster.overlap", True, rule, "cluster.overlap=false")
         self._check_submission()
         if self.max_restarts < 0:
