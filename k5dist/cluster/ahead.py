@@ -18,6 +18,7 @@ from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from k5dist.cluster.generated import ensure_generated
+from k5dist.cluster.record import refuse_second
 from k5dist.cluster.session import ray_session
 from k5dist.config import ConfigError
 from k5dist.console import say
@@ -73,6 +74,7 @@ class _Precache:
         # Ray Data would plan with the whole cluster, and share out what others hold.
         options = DataContext.get_current().execution_options
         options.exclude_resources = ExecutionResources(cpu=room.taken_cpus, gpu=room.taken_gpus)
+        refuse_second(plan.run_uri)  # it may have been begun by itself
         ensure_generated(plan)
         return precache(plan, check_source(plan)).rows()[0][1]
 
@@ -104,7 +106,7 @@ class Ahead:
             return
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         self._actor = _Precache.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-        self._end = self._actor.run.remote(_resized(self.plan, room.spare_gpus), room)
+        self._end = self._actor.run.remote(resized(self.plan, room.spare_gpus), room)
         what = f"{room.spare_gpus} GPUs" if self.plan.world.device == "cuda" else f"{room.spare_cpus} cores"
         say(f"meanwhile, on {what} beside the training: precache of {self.plan.name}")
 
@@ -129,7 +131,7 @@ class Ahead:
             self._actor = self._end = None
 
 
-def _resized(plan: RunPlan, gpus: int) -> RunPlan:
+def resized(plan: RunPlan, gpus: int) -> RunPlan:
     """The same with as many precache workers as the spare GPUs have room for. What is encoded, and how it lies in the
     cache, does not depend on that."""
     if plan.world.device != "cuda":

@@ -98,6 +98,10 @@ def test_planning_keeps_the_plan_of_a_run_under_way(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "runs")
 
 
+def test_a_single_run_has_nothing_to_overlap(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "single run" in refused(capsys, tmp_path / "root", "cluster.overlap=true")
+
+
 def test_long_sparse_clips_on_a_cpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     large = ["data.resolution=[1024,1024]", "data.num_frames=61"]
     error = refused(capsys, tmp_path / "root", *large, flavour="+flavour=t2v-tiny-nabla")

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import yaml
 
-from k5dist.cluster import jobs, slurm
+from k5dist.cluster import ahead, jobs, slurm
 from k5dist.cluster.manifests import ARGUMENTS_ANNOTATION
 from k5dist.compose import compose, expand_sweep, to_run_config
 from k5dist.config import ConfigError, RunConfig
@@ -50,6 +50,26 @@ def test_runs_have_names_of_their_own_that_stay() -> None:
     assert two.describe(1) == "train.seed=2"
     with pytest.raises(ConfigError, match="are one run"):
         sweep_of("checkpoint.every=10,20")
+
+
+def test_whose_cache_may_be_made_beside_a_training() -> None:
+    """The next run's with work that none before it has done."""
+    sweep = sweep_of("data.crop=center,none", "train.seed=1,2")
+    assert [made.config.data.crop for made in sweep.plans] == ["center", "center", "none", "none"]
+    assert [sweep.following(at) for at in range(4)] == [sweep.plans[2], sweep.plans[2], None, None]
+    alone = sweep_of("data.crop=center,none", "stages=[plan,precache]")
+    assert alone.following(0) is None, "it does not train"
+
+
+def test_a_precache_beside_a_training_fits_the_gpus_that_are_left() -> None:
+    asked = ["train.batch_size=8", "precache.vae_workers=8", "precache.vae_gpus=0.5", "cluster.nodes=2"]
+    made = make_plan(to_run_config(compose([*TINY, *asked])), ClusterFacts(4, "NVIDIA H200"), "generated:test")
+    assert (made.pools.vae.workers, made.pools.text.workers) == (8, 8)
+    beside = ahead.resized(made, gpus=3)
+    assert (beside.pools.vae.workers, beside.pools.text.workers) == (6, 3)
+    assert (beside.cache_uri, beside.run_uri, beside.batch_size) == (made.cache_uri, made.run_uri, made.batch_size)
+    on_cpus = sweep_of("train.seed=1,2").first
+    assert ahead.resized(on_cpus, gpus=0) == on_cpus
 
 
 def arguments_of(job: slurm.SlurmJob, task: int) -> list[str]:
@@ -128,6 +148,7 @@ def test_a_ray_job_gets_the_plan_and_of_the_environment_what_is_named(monkeypatc
         (["cluster=ray", "cluster.submit=true", "cluster.address=head:6379"], "cluster.address", "http://head:8265"),
         (["cluster=ray", "cluster.pass_env=[HF_TOKEN]"], "cluster.pass_env", "credential"),
         (["cluster=ray", "cluster.pass_env=['NCCL_DEBUG=INFO']"], "cluster.pass_env", "without its value"),
+        (["cluster=slurm", "cluster.overlap=true"], "cluster.overlap", "side by side"),
         (["cluster.wait_seconds=0"], "cluster.wait_seconds", "greater than 0"),
         (["cluster=ray", "cluster.address=http://me:word@head:8265"], "cluster.address", "no credentials"),
     ],
