@@ -94,7 +94,8 @@ class Ahead:
         try:
             yield
         finally:
-            self.tell()
+            with contextlib.suppress(Exception):  # a session that is lost is the gang's affair
+                self.tell()
             self.stop()
 
     def _start(self) -> None:
@@ -127,7 +128,8 @@ class Ahead:
     def stop(self) -> None:
         """End it and all that it started: Ray ends the tasks and actors of an actor that is gone."""
         if self._actor is not None:
-            ray.kill(self._actor)
+            with contextlib.suppress(Exception):
+                ray.kill(self._actor)
             self._actor = self._end = None
 
 

@@ -32,7 +32,7 @@ def address() -> Iterator[str]:
         patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": CORES, "include_dashboard": False})
         try:
-            yield cluster.address
+            yield str(cluster.address)
         finally:
             cluster.shutdown()
 
@@ -55,23 +55,23 @@ def test_the_next_cache_is_made_beside_the_training_and_the_losses_are_the_same(
     interrupted = jobs.start(tmp_path / "overlap", *long)
     interrupted.wait_for(lambda line: line.startswith("meanwhile, on "), 300)
     interrupted.signal(signal.SIGINT)
-    assert interrupted.wait() == 130, interrupted.output
-    assert plain.wait(300) == 0, plain.output
+    assert interrupted.wait(300) == 130, interrupted.output
+    assert plain.wait(600) == 0, plain.output
     wait_until_free(address)
 
     job = jobs.start(tmp_path / "overlap", *long)
     done = job.wait_for(lambda line: line.startswith("meanwhile, done: precache of "), 300)
     second = done.split(":")[1].removeprefix(" precache of ")
     first = next(path.name for path in (tmp_path / "overlap" / "runs").iterdir() if path.name != second)
-    job.wait_for(jobs.trained_to(1), 60, after=len(job.lines))
+    job.wait_for(jobs.trained_to(1), 300, after=len(job.lines))
     assert "run 2 of 2" not in job.output, "the first still trains"
     runs(tmp_path / "overlap", "stop", first)
-    job.wait_for(lambda line: line.startswith("run 2 of 2"), 60)
+    job.wait_for(lambda line: line.startswith("run 2 of 2"), 300)
     at = len(job.lines)
     job.wait_for(jobs.trained_to(4), 300, after=at)
     assert any("14 seen, 0 encoded, 14 cached before" in line for line in job.lines[at:]), job.output
     job.signal(signal.SIGINT)
-    assert job.wait() == 130, job.output
+    assert job.wait(300) == 130, job.output
     wait_until_free(address)
     jobs.wait_until_nothing_runs(str(tmp_path))
 
@@ -98,11 +98,11 @@ def test_what_fails_ahead_fails_at_its_own_turn(address: str, tmp_path: Path) ->
     job = jobs.start(tmp_path, *SWEEP, *where, "data.frame_rate=12,6")
     told = job.wait_for(lambda line: line.startswith("meanwhile, the precache of "), 300)
     assert "clips failed, more than precache.max_failure_ratio" in told
-    job.wait_for(jobs.trained_to(1), 60, after=len(job.lines))
+    job.wait_for(jobs.trained_to(1), 300, after=len(job.lines))
     second = told.split()[4]
     first = next(path.name for path in (tmp_path / "runs").iterdir() if path.name != second)
     runs(tmp_path, "stop", first)
-    assert job.wait() == 1, job.output
+    assert job.wait(300) == 1, job.output
     assert "PrecacheError: " in job.output and f"{second}  data.frame_rate=6: failed" in job.output, job.output
     assert f"{first}  data.frame_rate=12: stopped" in job.output, job.output
     wait_until_free(address)
