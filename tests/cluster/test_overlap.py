@@ -62,6 +62,7 @@ def test_the_next_cache_is_made_beside_the_training_and_the_losses_are_the_same(
     second = done.split(":")[1].removeprefix(" precache of ")
     first = next(path.name for path in (tmp_path / "overlap" / "runs").iterdir() if path.name != second)
     job.wait_for(jobs.trained_to(1), 300, after=len(job.lines))
+    job.wait_for(jobs.trained_to(4), 300)
     assert "run 2 of 2" not in job.output, "the first still trains"
     runs(tmp_path / "overlap", "stop", first)
     job.wait_for(lambda line: line.startswith("run 2 of 2"), 300)
