@@ -48,6 +48,8 @@ def wait_until_free(address: str, seconds: float = 60) -> None:
         ray.shutdown()
 
 
+@pytest.mark.slow  # three drivers one after another, five trainings
+@pytest.mark.timeout(1800)
 def test_the_next_cache_is_made_beside_the_training_and_the_losses_are_the_same(address: str, tmp_path: Path) -> None:
     swept = (*SWEEP, f"cluster.address={address}", "data.crop=center,none")
     long = (*swept, "cluster.overlap=true", "train.steps=100000")
