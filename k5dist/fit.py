@@ -25,6 +25,7 @@ MAX_NODES = 64
 NODE_SIZES = (2, 4, 8)  # GPUs of usual machines
 CLIP_LENGTHS = (121, 61, 49, 25, 17)  # 10, 5, 2.5, 2, 1 and 0.7 s at 24 frames a second
 HOST_GIB = (16, 48)  # of the host's memory, at most, for what blocks keep; no more is taken than is needed
+REFERENCE_NABLA_TOKENS = 16_384  # a head's boolean mask of S × S stays below 300 MB
 SMALL_RESOLUTIONS = ((384, 640), (640, 384), (256, 384), (384, 256), (256, 256))  # below the presets; all take NABLA
 
 
@@ -55,6 +56,16 @@ def check(config: RunConfig, facts: ClusterFacts) -> None:
         raise ConfigError("data.resolution", config.data.resolution, rule, fix)
     key = next(iter(found[0]))
     raise ConfigError(key, _value(config, facts, key), rule, " or ".join(words(change) for change in found))
+
+
+def refuse_unfinished(plan: RunPlan) -> None:
+    """Raises ConfigError for what this release plans but does not run, before anything starts: never done half."""
+    config = plan.config
+    tokens = max(bucket.tokens for bucket in plan.buckets)
+    if config.model.is_sparse and plan.world.device == "cpu" and tokens > REFERENCE_NABLA_TOKENS:
+        rule = f"on a CPU NABLA expands the block map to a mask, which {tokens:,} tokens would fill the memory with"
+        fix = f"a bucket of at most {REFERENCE_NABLA_TOKENS:,} tokens (smaller sides, fewer frames), or a GPU"
+        raise ConfigError("data.resolution", config.data.resolution, rule, fix)
 
 
 def words(change: Change) -> str:

@@ -26,7 +26,6 @@ from k5dist.estimate import GIB
 from k5dist.plan import ClusterFacts, Estimates, RunPlan, estimates, make_plan
 from k5dist.retry import StorageUnavailable
 
-REFERENCE_NABLA_TOKENS = 16_384  # a head's boolean mask of S × S stays below 300 MB
 _MULTIRUN = {"-m", "--multirun"}
 EXIT_CONFIG, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
 
@@ -79,16 +78,6 @@ def _identity(config: RunConfig, only_planning: bool) -> str:
     if only_planning and not pretrained.is_hub_id(config.pretrained) and not config.flavour.generated:
         pretrained.check(config)
     return pretrained.identity(config)
-
-
-def refuse_unfinished(plan: RunPlan) -> None:
-    """What this release plans but does not run is said before anything starts, never done half."""
-    config = plan.config
-    tokens = max(bucket.tokens for bucket in plan.buckets)
-    if config.model.is_sparse and plan.world.device == "cpu" and tokens > REFERENCE_NABLA_TOKENS:
-        rule = f"on a CPU NABLA expands the block map to a mask, which {tokens:,} tokens would fill the memory with"
-        fix = f"a bucket of at most {REFERENCE_NABLA_TOKENS:,} tokens (smaller sides, fewer frames), or a GPU"
-        raise ConfigError("data.resolution", config.data.resolution, rule, fix)
 
 
 def show_plan(plan: RunPlan) -> None:
@@ -198,8 +187,11 @@ def _launch(config: RunConfig, resolved_yaml: str, overrides: Sequence[str]) -> 
             storage.publish_bytes(plan.plan_uri, plan.to_json().encode())
         say(f"plan: {plan.plan_uri}")
         return 0
+    if config.cluster.overlap:
+        rule = "overlaps the runs of a sweep, and this is a single run"
+        raise ConfigError("cluster.overlap", True, rule, "cluster.overlap=false, or several runs by -m")
     if submission.is_submitted(config.cluster):
-        refuse_unfinished(plan)
+        fit.refuse_unfinished(plan)
         return submission.submit(plan, overrides)
     return run_plan(plan, resolved_yaml)
 
@@ -242,14 +234,14 @@ def _check_folder(plan: RunPlan) -> None:
         raise ConfigError("name", plan.name, rule, "choose another name, or resume=never to replace what is there")
 
 
-def run_plan(plan: RunPlan, resolved_yaml: str, sweep_name: str | None = None) -> int:
+def run_plan(plan: RunPlan, resolved_yaml: str, sweep_name: str | None = None, following: RunPlan | None = None) -> int:
     from k5dist.cluster.driver import TrainingFailed, run_stages, tracked_run
     from k5dist.cluster.record import RAYJOB, Recorder, refuse_second
     from k5dist.precache.pipeline import PrecacheError, check_source
     from k5dist.precache.sources import Listing
     from k5dist.precache.upkeep import CacheDamaged
 
-    refuse_unfinished(plan)
+    fit.refuse_unfinished(plan)
     refuse_second(plan.run_uri)
     source = check_source(plan) if plan.config.prepares else Listing.of(())
     sweep.check_store(plan)
@@ -265,7 +257,7 @@ def run_plan(plan: RunPlan, resolved_yaml: str, sweep_name: str | None = None) -
                 storage.publish_bytes(storage.join(plan.run_uri, "tracking.json"), _tracking_json(tracked.run_id))
                 tracked.log_config(resolved_yaml, plan.to_json(), _flat(plan.config.to_mapping()))
                 tracked.log_git(Path(__file__).parent.parent)
-                summary = run_stages(plan, tracked, source, record)
+                summary = run_stages(plan, tracked, source, record, following)
                 summary.append(("tracking", tracked.url))
             show_table("Done", summary)
         return 0

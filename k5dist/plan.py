@@ -64,6 +64,11 @@ class RunPlan:
         return settle_pools(self.config.precache, self.world)
 
     @property
+    def what_is_encoded(self) -> tuple[str, str, str]:
+        """Equal for runs whose precaches do the same work."""
+        return self.cache_fingerprint, self.features_id, repr(self.config.data)
+
+    @property
     def checkpoints_uri(self) -> str:
         return storage.join(self.run_uri, "checkpoints")
 

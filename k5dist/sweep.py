@@ -17,7 +17,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from k5dist import storage
+from k5dist import fit, storage
 from k5dist.cluster import slurm, submission
 from k5dist.cluster.record import read_record, refuse_second, submitted, write_record
 from k5dist.compose import compose, expand_sweep, to_run_config
@@ -25,11 +25,13 @@ from k5dist.config import ConfigError, RunConfig
 from k5dist.console import console, say, show_table
 from k5dist.plan import RunPlan
 from k5dist.retry import StorageUnavailable
+from k5dist.tracking.parent import close_parent, named_parent, open_parent
 from k5dist.tracking.redact import redact_text
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 Planner = Callable[[RunConfig], RunPlan]
-Run = Callable[[RunPlan, str, str | None], int]  # a plan, its configuration as YAML, the sweep's name → exit status
+# A plan, its configuration as YAML, the sweep's name, whose precache may begin beside the training → exit status.
+Run = Callable[[RunPlan, str, str | None, RunPlan | None], int]
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,12 @@ class Sweep:
         return self.plans[0]
 
     @property
+    def identity(self) -> str:
+        """A digest of the runs' folders: the same for the same sweep."""
+        folders = sorted(plan.run_uri for plan in self.plans)
+        return hashlib.sha256(json.dumps(folders).encode()).hexdigest()[:16]
+
+    @property
     def swept(self) -> dict[str, str]:
         """The keys that differ, with the values that they take."""
         values: dict[str, list[str]] = {}
@@ -53,6 +61,14 @@ class Sweep:
                 key, _, value = override.partition("=")
                 values.setdefault(key.lstrip("+"), []).append(value)
         return {key: ", ".join(dict.fromkeys(taken)) for key, taken in values.items() if len(set(taken)) > 1}
+
+    def following(self, at: int) -> RunPlan | None:
+        """The next run with a precache that finds its work not done by those before it, if run `at` trains."""
+        done = {plan.what_is_encoded for plan in self.plans[: at + 1]}
+        if not {"train", "validate"} & set(self.plans[at].config.stages):
+            return None
+        later = (plan for plan in self.plans[at + 1 :] if "precache" in plan.config.stages)
+        return next((plan for plan in later if plan.what_is_encoded not in done), None)
 
     def describe(self, at: int) -> str:
         """What is particular about one run."""
@@ -70,8 +86,10 @@ def multirun(arguments: list[str], plan: Planner, prepare: Planner, run: Run) ->
     cluster, stages = sweep.first.config.cluster, sweep.first.config.stages
     if stages == ("plan",):
         return 0
-    if cluster.kind == "kubernetes":
-        return submission.submit_each(sweep.plans, sweep.overrides)
+    for planned in sweep.plans:
+        fit.refuse_unfinished(planned)
+    if cluster.kind == "kubernetes":  # the tracking server is the cluster's own: the runs make their parent there
+        return submission.submit_each(sweep.plans, sweep.overrides, named_parent(sweep.identity, sweep.name))
     if cluster.kind == "slurm":
         if cluster.dry_run:
             sys.stdout.writelines(job.script for job in slurm.sweep_jobs(sweep.name, sweep.plans, sweep.overrides))
@@ -97,7 +115,7 @@ def resolved(files: Sequence[str], prepare: Planner, run: Run) -> int:
     """Runs as `cluster.submit` ships them: whole configurations, one after another where there are several."""
     plans = [prepare(RunConfig.from_mapping(json.loads(Path(file).read_text()))) for file in files]
     if len(plans) == 1:
-        return run(plans[0], _yaml(plans[0].config), None)
+        return run(plans[0], _yaml(plans[0].config), None, None)
     record = read_record(plans[0].run_uri)
     name = (record.sweep if record else None) or "sweep"
     return run_sweep(Sweep(name, tuple(plans), ((),) * len(plans)), run, submitted_together=True)
@@ -144,14 +162,12 @@ def make_sweep(configs: Sequence[RunConfig], overrides: Sequence[Sequence[str]],
 
 def with_parent(sweep: Sweep) -> Sweep:
     """The same with the parent's id in each run's configuration; the parent is made where there is none."""
-    from k5dist.tracking.parent import open_parent
-
     parent = open_parent(
         uri=sweep.first.tracking_uri,
         experiment=sweep.first.config.tracking.experiment,
         name=sweep.name,
         artifact_root=storage.join(storage.normalise(sweep.first.config.storage.root), "mlartifacts"),
-        sweep=hashlib.sha256(json.dumps(sorted(plan.run_uri for plan in sweep.plans)).encode()).hexdigest()[:16],
+        sweep=sweep.identity,
         swept=sweep.swept,
     )
     plans = []
@@ -165,13 +181,15 @@ def run_sweep(sweep: Sweep, run: Run, *, submitted_together: bool = False) -> in
     """One after another, here; a run that fails, or is stopped by name, does not keep the others from theirs. Of runs
     that were submitted in one job some may have been stopped before their turn."""
     statuses = [0] * len(sweep.plans)
+    _check_overlap(sweep)
     try:
         for at, plan in enumerate(sweep.plans):
             if submitted_together and _taken_out(plan):
                 say(f"run {at + 1} of {len(sweep.plans)} was stopped before its turn: {plan.name}")
                 continue
             say(f"run {at + 1} of {len(sweep.plans)} of {sweep.name}: {sweep.describe(at) or plan.name}")
-            statuses[at] = _run_child(plan, sweep.name, run)
+            following = sweep.following(at) if plan.config.cluster.overlap else None
+            statuses[at] = _run_child(plan, sweep.name, run, following)
     except KeyboardInterrupt:
         say("interrupted; the same command goes on with this sweep")
         return _close(sweep, "KILLED", EXIT_INTERRUPTED)
@@ -185,10 +203,24 @@ def _taken_out(plan: RunPlan) -> bool:
     return record is not None and record.state == "stopped"
 
 
-def _run_child(plan: RunPlan, name: str, run: Run) -> int:
+def _check_overlap(sweep: Sweep) -> None:
+    """Raises ConfigError where a training leaves nothing to the precache that may go on beside it."""
+    from k5dist.cluster.ahead import check_room_beside
+
+    beside = [(plan, sweep.following(at)) for at, plan in enumerate(sweep.plans) if plan.config.cluster.overlap]
+    worlds = {plan.world: (plan, following) for plan, following in beside if following is not None}
+    try:
+        for plan, following in worlds.values():
+            check_room_beside(plan, following)
+    except ConfigError:
+        _tell_parent(sweep, "FAILED", [])
+        raise
+
+
+def _run_child(plan: RunPlan, name: str, run: Run, following: RunPlan | None) -> int:
     """What ends a run alone in a message ends this one with it, and not the sweep."""
     try:
-        return run(plan, _yaml(plan.config), name)
+        return run(plan, _yaml(plan.config), name, following)
     except ConfigError as error:
         sys.stderr.write(error.block() + "\n")
     except StorageUnavailable as error:
@@ -233,8 +265,6 @@ def submit_array(sweep: Sweep) -> list[str]:
 
 def _tell_parent(sweep: Sweep, status: str, table: list[dict[str, Any]]) -> None:
     """How it ended, where there is a parent; a tracking server that is gone by then changes nothing that was done."""
-    from k5dist.tracking.parent import close_parent
-
     parent = sweep.first.config.tracking.parent
     if parent is None:
         return

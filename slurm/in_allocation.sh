@@ -12,8 +12,10 @@ srun_options=() prefix=()
 if [[ -n ${K5DIST_CONTAINER:-} ]]; then
   case ${K5DIST_CONTAINER_KIND:-pyxis} in
     pyxis)
+      # Each step is a container of its own, with a /tmp of its own unless it is mounted; Ray's processes and the driver
+      # meet by sockets below it.
       srun_options=("--container-image=$K5DIST_CONTAINER" "--container-workdir=$PWD")
-      srun_options+=("--container-mounts=$PWD:$PWD${K5DIST_CONTAINER_MOUNTS:+,$K5DIST_CONTAINER_MOUNTS}") ;;
+      srun_options+=("--container-mounts=/tmp:/tmp,$PWD:$PWD${K5DIST_CONTAINER_MOUNTS:+,$K5DIST_CONTAINER_MOUNTS}") ;;
     apptainer)
       prefix=(apptainer exec --nv --bind "$PWD:$PWD${K5DIST_CONTAINER_MOUNTS:+,$K5DIST_CONTAINER_MOUNTS}")
       prefix+=(--pwd "$PWD" "$K5DIST_CONTAINER") ;;
@@ -26,6 +28,22 @@ if [[ -n ${K5DIST_SWEEP:-} ]]; then
 fi
 
 ((${SLURM_RESTART_COUNT:-0} > 0)) && set -- "$@" resume=auto # queued again: resume=never was meant for the first time
+
+driver='' asked_to_stop=''
+stop_driver() { # never to srun, which would kill what has not saved yet
+  asked_to_stop=1
+  [[ -n $driver ]] || return 0
+  echo "k5dist: asked to stop: the workers save a checkpoint"
+  if ((!${#srun_options[@]})); then
+    kill -USR1 "$driver" || true # apptainer passes it on
+    return 0
+  fi
+  local id name
+  while read -r id name; do # all processes of the step get it: the driver is alone in its own
+    if [[ $name == k5dist-driver ]]; then scancel --signal=USR1 "$id" || true; fi
+  done < <(squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format='%i %j')
+}
+trap stop_driver USR1 TERM
 
 on_first=(srun --overlap --nodes=1 --ntasks=1 -w "$SLURMD_NODENAME" "${srun_options[@]}")
 head=${K5DIST_HEAD_ADDRESS:-$("${on_first[@]}" "${prefix[@]}" "$python" -c \
@@ -51,36 +69,27 @@ srun --overlap --job-name=k5dist-ray --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$S
   >"/tmp/k5-ray-$SLURM_JOB_ID.log" 2>&1 &
 ray=$!
 
-asked_to_stop=
-stop_driver() { # never to srun, which would kill what has not saved yet
-  asked_to_stop=1
-  echo "k5dist: asked to stop: the workers save a checkpoint"
-  if ((${#srun_options[@]})); then
-    scancel --signal=USR1 "$driver_step" || true
-  else
-    kill -USR1 "$driver" || true
-  fi
-}
 for ((i = 0; i < 240; i++)); do # until the head listens
   (exec 3<>"/dev/tcp/$head/$port") 2>/dev/null && break
   kill -0 "$ray" 2>/dev/null || break
+  [[ -z $asked_to_stop ]] || break
   sleep 1
 done
 
-trap stop_driver USR1 TERM
 command=("${prefix[@]}" "$python" -m k5dist.launch "$@" cluster.kind=ray "cluster.address=$RAY_ADDRESS")
 if ((${#srun_options[@]})); then # pyxis enters a container by srun alone
-  command=("${on_first[@]}" "${command[@]}")
+  command=("${on_first[@]}" --job-name=k5dist-driver "${command[@]}")
 fi
-# Slurm numbers steps as they start: the head's address (if asked), Ray, the driver.
-driver_step=$SLURM_JOB_ID.$([[ -n ${K5DIST_HEAD_ADDRESS:-} ]] && echo 1 || echo 2)
-"${command[@]}" &
-driver=$!
-status=0
-while :; do # a signal interrupts `wait`; the driver goes on
-  wait "$driver" && status=0 || status=$?
-  kill -0 "$driver" 2>/dev/null || break
-done
+status=130
+if [[ -z $asked_to_stop ]]; then
+  "${command[@]}" &
+  driver=$!
+  if [[ -n $asked_to_stop ]]; then stop_driver; fi # asked in between
+  while :; do # a signal interrupts `wait`; the driver goes on
+    wait "$driver" && status=0 || status=$?
+    kill -0 "$driver" 2>/dev/null || break
+  done
+fi
 trap - USR1 TERM
 
 if ((status != 0 && status != 130)); then

@@ -13,7 +13,9 @@ import ray
 from ray.exceptions import RayActorError
 
 from k5dist import storage
+from k5dist.cluster.ahead import Ahead
 from k5dist.cluster.gang import Gang, check_room
+from k5dist.cluster.generated import ensure_generated
 from k5dist.cluster.interrupts import Interrupts
 from k5dist.cluster.record import Recorder
 from k5dist.cluster.session import ray_session
@@ -21,11 +23,11 @@ from k5dist.cluster.videos import Item, VideoQueue
 from k5dist.config import ConfigError
 from k5dist.console import Bar, progress_bar, say, show_table
 from k5dist.events import parse
-from k5dist.model.pretrained import VISION_FOLDER
 from k5dist.plan import RunPlan
 from k5dist.precache.pipeline import precache
 from k5dist.precache.sources import Listing
 from k5dist.precache.upkeep import CacheDamaged, explain, prune_cache, verify_cache
+from k5dist.tracking.parent import join_parent
 from k5dist.tracking.run import TrackedRun
 from k5dist.train.checkpoint import committed_steps
 from k5dist.train.history import is_complete
@@ -39,35 +41,23 @@ class TrainingFailed(Exception):
     """The gang ended without finishing; the message holds the worker's own traceback or its last lines."""
 
 
-def ensure_generated(plan: RunPlan) -> None:
-    """Make the tiny flavours' checkpoint where the plan expects it, once."""
-    config = plan.config
-    wanted = ("model_index.json", f"{VISION_FOLDER}/config.json")
-    if not config.flavour.generated or all(storage.exists(storage.join(plan.pretrained, name)) for name in wanted):
-        return
-    from transformers.utils import logging as transformers_logging
-
-    from k5dist.model.tiny import build_tiny_checkpoint
-
-    transformers_logging.disable_progress_bar()
-    with storage.scratch_folder("tiny") as folder:
-        architecture = config.to_mapping()["model"]
-        build_tiny_checkpoint(folder / "checkpoint", task=config.flavour.task, architecture=architecture)
-        storage.publish_folder(folder / "checkpoint", plan.pretrained, last="model_index.json")
-    say(f"made the checkpoint of {config.flavour.name}: {plan.pretrained}")
-
-
 def tracked_run(plan: RunPlan, artifact_root: str) -> TrackedRun:
     """The MLflow run of this plan: the one that an earlier attempt began, or a new one."""
     uri = storage.join(plan.run_uri, "tracking.json")
     run_id = json.loads(storage.read_text(uri))["run_id"] if storage.exists(uri) else None
     tags = {"flavour": plan.config.flavour.name, "run_fingerprint": plan.run_fingerprint}
     tags |= {"cache_fingerprint": plan.cache_fingerprint, "run_uri": plan.run_uri}
-    if plan.config.tracking.parent is not None:
-        tags["mlflow.parentRunId"] = plan.config.tracking.parent
+    tracking = plan.config.tracking
+    if tracking.parent is not None:
+        tags["mlflow.parentRunId"] = join_parent(
+            uri=plan.tracking_uri,
+            experiment=tracking.experiment,
+            artifact_root=artifact_root,
+            parent=tracking.parent,
+        )
     return TrackedRun(
         uri=plan.tracking_uri,
-        experiment=plan.config.tracking.experiment,
+        experiment=tracking.experiment,
         run_name=plan.name,
         artifact_root=artifact_root,
         run_id=run_id,
@@ -75,8 +65,11 @@ def tracked_run(plan: RunPlan, artifact_root: str) -> TrackedRun:
     )
 
 
-def run_stages(plan: RunPlan, tracked: TrackedRun, source: Listing, record: Recorder) -> list[tuple[str, str]]:
-    """Everything after planning; returns the rows of the closing summary."""
+def run_stages(
+    plan: RunPlan, tracked: TrackedRun, source: Listing, record: Recorder, following: RunPlan | None = None
+) -> list[tuple[str, str]]:
+    """Everything after planning; returns the rows of the closing summary. Beside the training the precache of
+    `following` may begin."""
     ensure_generated(plan)
     stages = plan.config.stages
     summary: list[tuple[str, str]] = []
@@ -96,7 +89,7 @@ def run_stages(plan: RunPlan, tracked: TrackedRun, source: Listing, record: Reco
             if done.failures:
                 summary.append(("failed clips", f"{len(done.failures)}, see failures.parquet in the cache"))
         if "train" in stages or "validate" in stages:
-            with TrainingStage(plan, tracked, record) as training:
+            with TrainingStage(plan, tracked, record, Ahead(following, plan)) as training:
                 training.run()
                 summary += training.summary()
         if "export" in stages:
@@ -127,8 +120,8 @@ def _verify(plan: RunPlan, tracked: TrackedRun, summary: list[tuple[str, str]]) 
 class TrainingStage:
     """Runs the gang to its end, over crashes, and turns the workers' events into metrics, videos and progress."""
 
-    def __init__(self, plan: RunPlan, tracked: TrackedRun, record: Recorder) -> None:
-        self.plan, self.tracked, self.record = plan, tracked, record
+    def __init__(self, plan: RunPlan, tracked: TrackedRun, record: Recorder, ahead: Ahead) -> None:
+        self.plan, self.tracked, self.record, self.ahead = plan, tracked, record, ahead
         self.videos = VideoQueue(plan)
         self.last_step = 0
         self.losses: dict[int, float] = {}
@@ -185,14 +178,16 @@ class TrainingStage:
     def _attempt(self, bar: Bar) -> str | None:
         """One gang; None when it ended well, else what happened."""
         self.failure, self.ended_at = None, None
-        with Gang(self.plan) as gang, self.record.watching(gang.loads):
+        with Gang(self.plan) as gang, self.record.watching(gang.loads), self.ahead.beside_gang():
             try:
                 gang.start()
                 return self._follow(gang.output(), bar)
             except KeyboardInterrupt:
                 say("stopping: the workers finish their step and save a checkpoint (Ctrl-C again to drop it)")
+                self.ahead.stop()
                 gang.ask_to_stop()
-                self._follow(gang.output(), bar)
+                if gang.started:
+                    self._follow(gang.output(), bar)
                 raise
             except RayActorError as error:
                 return f"a node was lost: {str(error).splitlines()[0]}"
@@ -206,6 +201,7 @@ class TrainingStage:
                 if piece is not None:
                     self._on_line(piece, bar)
                 self._log_videos(wait=False)
+                self.ahead.tell()
         return "the output ended without an exit status"
 
     def _on_line(self, line: str, bar: Bar) -> None:

@@ -34,6 +34,7 @@ from k5dist.plan import RunPlan
 WORKER_MODULE = "k5dist.train.worker"
 _BATCH_SECONDS = 0.1
 _LOAD_SECONDS = 5
+_STOPPED = 130  # exit status of an agent that was asked to stop before it began
 # What Ray and an outer torchrun leave in the environment would mislead the inner one.
 _STRIPPED = ("RAY_", "TORCHELASTIC_", "MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK", "ROLE_")
 
@@ -56,6 +57,7 @@ class Agent:
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
+        self.stopping = False
         self.logs = tempfile.TemporaryDirectory(prefix="k5dist-torchrun-")
 
     def endpoint(self) -> str:
@@ -73,6 +75,9 @@ class Agent:
             chosen = ", ".join(f"{name}={environment[name]}" for name in VARIABLES if name in environment)
             network = chosen or "no interface has this address: set cluster.interface"
             yield [line_of("node", node=address, network=network)]
+        if self.stopping:
+            yield _STOPPED
+            return
         self.process = subprocess.Popen(
             _torchrun(launch, is_host, address, self.logs.name),
             env=environment,
@@ -83,6 +88,8 @@ class Agent:
             start_new_session=True,
             preexec_fn=_die_with_parent,  # noqa: PLW1509 (no other thread holds a lock that it needs)
         )
+        if self.stopping:  # asked in between
+            self._end()
         lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=_pump, args=(self.process.stdout, lines), daemon=True).start()
         ended = False
@@ -103,14 +110,22 @@ class Agent:
         yield self.process.wait()
 
     def ask_to_stop(self) -> None:
-        """Signal the workers (not torchrun, which would kill them): they save and end at the next step."""
-        for worker in self._workers():
+        """Signal the workers (not torchrun, which would kill them): they save and end at the next step. Before there
+        are any, there is nothing to save, and none shall begin."""
+        self.stopping = True
+        workers = self._workers()
+        for worker in workers:
             with contextlib.suppress(psutil.NoSuchProcess):
                 worker.send_signal(signal.SIGUSR1)
+        if not workers:
+            self._end()
 
     def kill(self) -> None:
         """End everything this agent started."""
         self.logs.cleanup()
+        self._end()
+
+    def _end(self) -> None:
         if self.process is None:
             return
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -219,6 +234,7 @@ class Gang:
         self._group: PlacementGroup | None = None
         self._agents: list[Any] = []
         self._pieces: queue.Queue[Any] = queue.Queue()
+        self.started = False  # `output` will come to an end
 
     def __enter__(self) -> Gang:
         world = self.plan.world
@@ -264,6 +280,7 @@ class Gang:
         }
         # On a thread, so that Ctrl-C interrupts the main thread between lines and never within a call into Ray.
         threading.Thread(target=_collect, args=(streams, self._pieces), daemon=True).start()
+        self.started = True
 
     def output(self) -> Iterator[str | int | None]:
         """Every line of every node; the exit status last, and None where nothing comes for half a second.

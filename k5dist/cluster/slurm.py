@@ -82,7 +82,7 @@ def sweep_jobs(name: str, plans: Sequence[RunPlan], overrides: Sequence[Sequence
     array = _job(first, tasks, name, slurm.partition, cluster.nodes, cluster.gpus_per_node, after=False)
     if "precache" not in first.config.stages or first.config.stages[-1] == "precache":
         return [array]
-    of_cache = {_what_is_encoded(plan): task for plan, task in zip(plans, tasks, strict=True)}
+    of_cache = {plan.what_is_encoded: task for plan, task in zip(plans, tasks, strict=True)}
     # Under names of their own: who stops a run that waits does not mean the cache of all.
     before = [[*task, f"name={name}-cache-{at}", "stages=[plan,precache]"] for at, task in enumerate(of_cache.values())]
     other = slurm.precache_partition or slurm.partition
@@ -93,10 +93,6 @@ def sweep_jobs(name: str, plans: Sequence[RunPlan], overrides: Sequence[Sequence
         _job(first, before, f"{name}-precache", other, nodes, gpus, after=False),
         replace(array, after_previous=True),
     ]
-
-
-def _what_is_encoded(plan: RunPlan) -> tuple[str, str, str]:
-    return plan.cache_fingerprint, plan.features_id, repr(plan.config.data)
 
 
 def _batch(plan: RunPlan) -> str:

@@ -60,16 +60,16 @@ def submit(plan: RunPlan, overrides: Sequence[str]) -> int:
     return jobs.follow(jobs.submit([plan]))
 
 
-def submit_each(plans: Sequence[RunPlan], overrides: Sequence[Sequence[str]]) -> int:
-    """A sweep's runs as RayJobs side by side, none of them followed: the cluster's queue puts them in order. Returns 2
-    where one was refused, else 0."""
+def submit_each(plans: Sequence[RunPlan], overrides: Sequence[Sequence[str]], parent: str) -> int:
+    """A sweep's runs as RayJobs side by side, none of them followed: the cluster's queue puts them in order. `parent`
+    is what their `tracking.parent` says. Returns 2 where one was refused, else 0."""
     refused = 0
     for plan, typed in zip(plans, overrides, strict=True):
         if plan.config.cluster.dry_run:
             sys.stdout.write("---\n")
         try:
             alone = dataclasses.replace(plan.config.kubernetes, follow=False)
-            _to_kubernetes(plan, [*typed, f"name={plan.name}"], alone)
+            _to_kubernetes(plan, [*typed, f"name={plan.name}", f"tracking.parent={parent}"], alone)
         except ConfigError as error:  # a quota, or one that is there already: the others have their turn
             refused += 1
             say(f"not submitted: {plan.name}: {error.rule}: {error.fix}")

@@ -34,6 +34,7 @@ class ClusterConfig:
     interface: str | None
     wait_seconds: int
     max_restarts: int
+    overlap: bool
     dry_run: bool
 
     def __post_init__(self) -> None:
@@ -47,6 +48,9 @@ class ClusterConfig:
         if self.dry_run and self.kind not in ("slurm", "kubernetes"):
             rule = "prints what slurm and kubernetes would be given; elsewhere the plan is what is printed"
             raise ConfigError("cluster.dry_run", True, rule, "stages=[plan]")
+        if self.overlap and self.kind not in ("local", "ray"):
+            rule = "overlaps a sweep's runs that one process takes one after another; a scheduler has them side by side"
+            raise ConfigError("cluster.overlap", True, rule, "cluster.overlap=false")
         self._check_submission()
         if self.max_restarts < 0:
             raise ConfigError("cluster.max_restarts", self.max_restarts, "restarts ≥ 0", "cluster.max_restarts=3")

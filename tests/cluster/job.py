@@ -37,9 +37,10 @@ class Job:
     lines: list[str] = field(default_factory=list)
     _reader: threading.Thread | None = None
 
-    def wait_for(self, seen: Callable[[str], bool], seconds: float = 120) -> str:
-        """The first line that `seen` likes; fails when the job ends or the time is over before it comes."""
-        deadline, at = time.monotonic() + seconds, 0
+    def wait_for(self, seen: Callable[[str], bool], seconds: float = 120, after: int = 0) -> str:
+        """The first line that `seen` likes, from line `after` on; fails when the job ends or the time is over before
+        it comes."""
+        deadline, at = time.monotonic() + seconds, after
         while time.monotonic() < deadline:
             while at < len(self.lines):
                 if seen(self.lines[at]):

@@ -1,6 +1,6 @@
 """A real Slurm of two emulated nodes on this machine: both scripts, and a run that is stopped and goes on.
 
-Slurm lets a requeued job wait for two minutes: `-m slow` asks for this test.
+Each job has a Ray of its own: those of whole runs take minutes, and `-m slow` asks for them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.cluster import job as jobs
 
 HOME = Path(__file__).parent.parent.parent
 COMMAND = (
-    *("+flavour=t2v-tiny", "train.steps=80", "checkpoint.every=1000", "validation.prompts=[]"),
+    *("+flavour=t2v-tiny", "train.steps=30", "checkpoint.every=1000", "validation.prompts=[]"),
     "stages=[plan,precache,train]",
 )
 MISSING = [name for name in ("slurmctld", "slurmd", "sbatch", "munged", "unshare") if shutil.which(name) is None]
@@ -70,13 +70,35 @@ def test_what_slurm_refuses_is_one_message_and_leaves_nothing_queued(short_folde
     assert queued == ["queued:"], done.stdout
 
 
+# In the place of pyxis: its options go, and the command is a step of the real Slurm all the same.
+SRUN = """#!/bin/bash
+kept=()
+for word in "$@"; do [[ $word == --container-* ]] || kept+=("$word"); done
+exec {srun} "${{kept[@]}}"
+"""
+
+
 @pytest.mark.slow
-def test_stopped_queued_again_and_finished_with_the_losses_of_an_undisturbed_run(short_folder: Path) -> None:
+@pytest.mark.parametrize("as_step", [False, True])
+def test_stopped_queued_again_and_finished_with_the_losses_of_an_undisturbed_run(
+    as_step: bool, short_folder: Path
+) -> None:
+    """With `as_step` the driver is a step of its own, as it is in a container of pyxis's."""
     scripts = HOME / "tests" / "cluster" / "slurm"
     command = ["bash", scripts / "two_nodes.sh", short_folder / "slurm", "bash", scripts / "preempt.sh", short_folder]
     environment = {**os.environ, "PYTHONPATH": str(HOME)}
+    if as_step:
+        (short_folder / "srun").write_text(SRUN.format(srun=shutil.which("srun")))
+        (short_folder / "srun").chmod(0o755)
+        environment["PATH"] = f"{short_folder}:{environment['PATH']}"
+    container = ["slurm.container=k5.sqsh"] if as_step else []
     done = subprocess.run(
-        [*command, sys.executable, *COMMAND], cwd=HOME, env=environment, capture_output=True, text=True, check=False
+        [*command, sys.executable, *COMMAND, *container],
+        cwd=HOME,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     said = {path.stem: path.read_text() for path in short_folder.glob("*.out")}
     everything = "\n".join([done.stdout, done.stderr, *said.values()])
@@ -88,7 +110,7 @@ def test_stopped_queued_again_and_finished_with_the_losses_of_an_undisturbed_run
     preempted, whole = (jobs.the_run(root, name) for name in ("preempted", "whole"))
     assert preempted.info.status == whole.info.status == "FINISHED", everything
     found = jobs.losses(root, whole.info.run_id)
-    assert sorted(found) == list(range(1, 81))
+    assert sorted(found) == list(range(1, 31))
     assert jobs.losses(root, preempted.info.run_id) == found
     jobs.wait_until_nothing_runs(str(root))
 

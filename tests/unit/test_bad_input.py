@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from k5dist.compose import compose, to_run_config
-from k5dist.launch import EXIT_CONFIG, launch, refuse_unfinished
+from k5dist.fit import refuse_unfinished
+from k5dist.launch import EXIT_CONFIG, launch
 from k5dist.plan import ClusterFacts, RunPlan, make_plan
 
 
@@ -95,6 +96,10 @@ def test_planning_keeps_the_plan_of_a_run_under_way(tmp_path: Path) -> None:
     assert launch(compose(plan)) == 0
     assert '"train"' in stored.read_text()
     shutil.rmtree(tmp_path / "runs")
+
+
+def test_a_single_run_has_nothing_to_overlap(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "single run" in refused(capsys, tmp_path / "root", "cluster.overlap=true")
 
 
 def test_long_sparse_clips_on_a_cpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

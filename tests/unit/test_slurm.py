@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -68,6 +74,81 @@ def test_a_container_runs_ray_and_the_driver() -> None:
     assert "export K5DIST_CONTAINER=k5.sqsh" in lines and "export K5DIST_CONTAINER_KIND=apptainer" in lines
     assert "export K5DIST_CONTAINER_MOUNTS=/data:/data" in lines
     assert not any(line.startswith("export K5DIST_PYTHON=") for line in lines), "the image has a Python of its own"
+
+
+# What the script calls, each as the real one in what matters to it. The nodes' Python only listens, or waits.
+STAND_INS = {
+    "srun": """
+name=
+while [[ $1 == -* ]]; do case $1 in --job-name=*) name=${1#*=} ;; -w) shift ;; esac; shift; done
+if [[ $name == k5dist-driver ]]; then echo $$ >"$K5_TEST/driver.pid"; fi
+exec "$@" """,
+    "squeue": "printf '%s\\n' '7.0 bash' '7.1 k5dist-ray' '7.3 k5dist-driver'",
+    "scancel": """echo "scancel $*" >>"$K5_TEST/calls"; kill -USR1 "$(cat "$K5_TEST/driver.pid")" """,
+    "scontrol": """echo "scontrol $*" >>"$K5_TEST/calls"; kill -KILL $PPID""",
+    "python": f"""
+case "$*" in
+  *get_node_ip*) echo 127.0.0.1 ;;
+  *ray.scripts*) touch "$K5_TEST/ray"; until [[ -e $K5_TEST/listen ]]; do sleep 0.05; done
+    exec {sys.executable} -c "import os,signal,socket
+s = socket.create_server(('127.0.0.1', int(os.environ['K5DIST_RAY_PORT'])))
+signal.pause()" ;;
+  *) trap 'exit 130' USR1; touch "$K5_TEST/began"; while :; do sleep 0.05; done ;;
+esac""",
+}
+
+
+@pytest.mark.parametrize("container", [True, False])
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_signal_reaches_the_driver_alone_and_the_job_queues_again(
+    container: bool, begun: bool, tmp_path: Path
+) -> None:
+    """Also where it comes before there is a driver."""
+    for name, body in STAND_INS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    (job,) = jobs("cluster.nodes=1", *(["slurm.container=k5.sqsh"] if container else []))
+    script = re.sub("^export K5DIST_PYTHON=.*$", "", job.script, flags=re.MULTILINE)
+    number = str(os.getpid())  # the port is made of it
+    allocation = {"SLURM_JOB_ID": number, "SLURM_JOB_NUM_NODES": "1", "SLURMD_NODENAME": "n1", "SLURM_NODEID": "0"}
+    environment = {
+        **{"PATH": f"{tmp_path}:{os.environ['PATH']}", "K5_TEST": str(tmp_path), "SLURM_CPUS_ON_NODE": "1"},
+        **allocation,
+    }
+    if begun:
+        (tmp_path / "listen").touch()
+    process = subprocess.Popen(
+        ["bash", "-c", script], env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        until_there(tmp_path / ("began" if begun else "ray"))
+        process.send_signal(signal.SIGUSR1)
+        said = process.communicate(timeout=60)[0]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert "queued again" in said
+    signalled = ["scancel --signal=USR1 7.3"] if container and begun else []
+    assert (tmp_path / "calls").read_text().splitlines() == [*signalled, f"scontrol requeue {number}"]
+    assert (tmp_path / "began").exists() == begun
+
+
+def until_there(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.02)
+
+
+def test_steps_in_containers_share_what_ray_and_the_driver_meet_in(tmp_path: Path) -> None:
+    """Pyxis gives each step a /tmp of its own."""
+    (job,) = jobs("slurm.container=k5.sqsh", "slurm.container_mounts=['/data:/data']")
+    head = job.script.partition("\nif [[ -n ${K5DIST_SWEEP")[0] + "\nprintf '%s\\n' \"${srun_options[@]}\"\n"
+    done = subprocess.run(["bash"], input=head, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        *("--container-image=k5.sqsh", f"--container-workdir={tmp_path}"),
+        f"--container-mounts=/tmp:/tmp,{tmp_path}:{tmp_path},/data:/data",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import yaml
 
 from k5dist.tracking import run as tracking
+from k5dist.tracking.parent import join_parent, named_parent
 from k5dist.tracking.redact import is_secret_key, redact_text, redact_value
 from k5dist.tracking.run import TrackedRun, TrackingUnreachable, check_tracking, default_tracking_uri
 from k5dist.tracking.sink import MetricSink, SystemSampler, safe_key
@@ -156,6 +158,23 @@ def test_resume_of_an_unknown_run_starts_a_new_one(uri: str, root: Path) -> None
     client(uri).delete_run(run.run_id)
     with tracked(uri, root, run_id=run.run_id) as other:
         assert other.run_id != run.run_id
+
+
+def test_runs_that_begin_at_once_find_one_parent(uri: str, root: Path, workplace: Path) -> None:
+    client(uri).search_experiments()  # makes the tables of a fresh store
+    arguments = {"uri": uri, "experiment": "clips", "artifact_root": str(root / "mlartifacts")}
+    assert join_parent(**arguments, parent="an-id") == "an-id"
+    with tracked(uri, root):
+        named = named_parent("0123456789abcdef", "lr-sweep")
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: join_parent(**arguments, parent=named), range(4)))
+    assert len(set(found)) == 1
+    experiment = client(uri).get_experiment_by_name("clips")
+    left = client(uri).search_runs([experiment.experiment_id], "tags.`k5dist.sweep` = '0123456789abcdef'")
+    assert [(run.info.run_id, run.info.run_name, run.info.status) for run in left] == [
+        (found[0], "lr-sweep", "FINISHED")
+    ]
+    assert join_parent(**arguments, parent=named) == found[0], "the same sweep again"
 
 
 def test_secrets_stay_out(uri: str, root: Path, workplace: Path) -> None:

@@ -24,6 +24,8 @@ job=$(sed -n 's/^submitted preempted: job //p' "$root/submit.out")
 until_true 300 said '^train: ([5-9]|[1-9][0-9])/'
 scancel --signal=USR1 --batch "$job"
 until_true 120 said '^k5dist: queued again'
+# Slurm would let it wait for two minutes; at once, its nodes would still refuse the job they have just ended.
+scontrol update "JobId=$job" StartTime=now+5seconds
 precache=$(sbatch --parsable --output="$root/precache.out" slurm/precache.sbatch "${overrides[@]}" name=whole)
 sbatch --nodes=2 --dependency="afterok:$precache" --output="$root/whole.out" slurm/train.sbatch \
   "${overrides[@]}" name=whole 'stages=[plan,train]'
