@@ -195,8 +195,10 @@ def _strata(table: pa.Table) -> list[Stratum]:
 
 
 def _write_files(run_uri: str, table: pa.Table, noted: Callable[[pa.Table], pa.Table]) -> str:
-    """FILE_ROWS at a time of what `noted` makes of `table`'s rows. Returns the folder's name: a digest, so that a worker
-    never meets other rows than those whose order it knows."""
+    """FILE_ROWS at a time of what `noted` makes of `table`'s rows.
+
+    Returns the folder's name: a digest, so that a worker never meets other rows than those whose order it knows.
+    """
     digest, schema = hashlib.sha256(), b""
     with storage.scratch_folder("places") as scratch:  # the name is known when the last file is
         for number, at in enumerate(range(0, table.num_rows, FILE_ROWS)):

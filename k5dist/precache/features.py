@@ -78,7 +78,7 @@ def encode_features(plan: RunPlan, rows: dict[str, dict[str, Any]], resources: d
     under_way = flow.measured(block_bytes(plan.buckets), length * row_bytes, pool.workers)
     dataset = ray.data.from_arrow(stream.slices(table, 1)).map(
         partial(stages.decode_row, attempts=attempts),
-        concurrency=plan.pools.decode_tasks,
+        compute=ray.data.TaskPoolStrategy(plan.pools.decode_tasks),
         **flow.decode_resources(under_way),
     )
     dataset = dataset.map(
@@ -90,7 +90,7 @@ def encode_features(plan: RunPlan, rows: dict[str, dict[str, Any]], resources: d
         partial(write_features, cache_uri=plan.cache_uri, features_id=plan.features_id),
         batch_format="pyarrow",
         batch_size=length,
-        concurrency=under_way.shards,
+        compute=ray.data.TaskPoolStrategy(under_way.shards),
         num_cpus=0.25,
     )
     dataset = flow.bound(dataset, under_way, length)

@@ -229,7 +229,7 @@ def _clip_dataset(plan: RunPlan, todo: dict[str, dict[str, Any]], groups: list[o
     under_way = flow.measured(block_bytes(plan.buckets), length * plan.sample_bytes, pool.workers)
     dataset = ray.data.from_arrow(stream.slices(table, rows)).map(
         partial(stages.decode_row, attempts=attempts),
-        concurrency=plan.pools.decode_tasks,
+        compute=ray.data.TaskPoolStrategy(plan.pools.decode_tasks),
         **flow.decode_resources(under_way),
     )
     dataset = dataset.map(
@@ -246,7 +246,7 @@ def _clip_dataset(plan: RunPlan, todo: dict[str, dict[str, Any]], groups: list[o
         partial(stages.write_samples, cache_uri=plan.cache_uri, attempts=attempts),
         batch_format="pyarrow",
         batch_size=length,
-        concurrency=under_way.shards,
+        compute=ray.data.TaskPoolStrategy(under_way.shards),
         num_cpus=0.25,
     )
     return flow.bound(dataset, under_way, length // rows)
