@@ -24,6 +24,7 @@ from ray.data._internal.execution.operators.map_operator import MapOperator
 from k5dist.pools import Flow, settle_flow
 
 _COPIES = 3  # of a block's pixels in a decoding process: frames, the row, the block made of it
+_PROCESS_BYTES = 160 * 2**20  # of one without pixels
 _KEY = "k5dist.flow"
 
 
@@ -39,7 +40,7 @@ def decode_resources(flow: Flow) -> dict[str, Any]:
     To ask for other things than the encoders also keeps Ray Data from putting both into one process, one after another.
     """
     least = min(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
-    return {"num_cpus": 1, "memory": max(1, min(_COPIES * flow.block_bytes, int(least) // 2))}
+    return {"num_cpus": 1, "memory": max(1, min(_PROCESS_BYTES + _COPIES * flow.block_bytes, int(least) // 2))}
 
 
 def bound(dataset: ray.data.Dataset, flow: Flow, blocks_per_shard: int) -> ray.data.Dataset:
