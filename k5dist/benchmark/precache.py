@@ -5,9 +5,8 @@ a GPU the VAE has the full size and random weights, without one it is the tiny f
 tiny ones. A second pass over the finished cache tells what a run without news costs.
 
 What is counted: samples a second and the share of its time that the VAE's pool is at work, from the first beginning to
-the last end, with decoding beside it. Then, on CPUs and with clips as small as can be, what the pipeline itself costs:
-CPU seconds of all processes, of which those are no part that probing, decoding and encoding take by themselves. CPU
-seconds, and as the slope between fewer and more clips: other work on the machine and starting processes do not count.
+the last end, with decoding beside it. Then, on CPUs, clips so small that decoding and encoding are next to nothing:
+what the VAE's worker waits a sample is what the pipeline itself costs.
 """
 
 from __future__ import annotations
@@ -38,9 +37,8 @@ DIFFERENT = 4  # clips that are encoded; the others are copies with other bytes 
 FRAME_RATE = 24
 
 
-def make_clips(folder: Path, count: int, shape: tuple[int, int, int], first: int = 0) -> Path:
-    """A manifest of `count` files of different content: MP4 players pass over a box named "free" with a number in it,
-    here from `first` on."""
+def make_clips(folder: Path, count: int, shape: tuple[int, int, int]) -> Path:
+    """A manifest of `count` files of different content: MP4 players pass over a box named "free"."""
     from k5dist.benchmark.vae import make_frames
     from k5dist.precache.video import encode_mp4
 
@@ -55,7 +53,7 @@ def make_clips(folder: Path, count: int, shape: tuple[int, int, int], first: int
     rows = []
     for number in range(count):
         name = f"{number:06d}.mp4"
-        box = (12).to_bytes(4, "big") + b"free" + (first + number).to_bytes(4, "big")
+        box = (12).to_bytes(4, "big") + b"free" + number.to_bytes(4, "big")
         (folder / name).write_bytes(originals[number % len(originals)] + box)
         rows.append(json.dumps({"uri": name, "caption": f"noise that moves, the {number % 8}th of its kind"}))
     manifest = folder / "clips.jsonl"
@@ -133,77 +131,13 @@ def measure(plan: RunPlan, count: int) -> dict[str, Any]:
     }
 
 
-def measure_overhead(root: Path, clips: int, overrides: list[str]) -> dict[str, float]:
-    """CPU milliseconds a sample of everything, and of its parts alone; Ray must be initialised.
-
-    Three precaches into one cache: one that starts the processes, one of a fifth of `clips`, one of all.
-    """
-    from k5dist.precache.pipeline import check_source, precache
-
-    seconds, counts, plan, manifest = [], (16, clips // 5, clips), None, None
-    for number, count in enumerate(counts):
-        manifest = make_clips(root / f"clips-{number}", count, SMALL_SHAPE, first=number * clips)
-        plan = plan_for(root, manifest, SMALL_SHAPE, overrides)
-        if not number:
-            make_checkpoint(Path(storage.normalise(plan.config.pretrained)), plan.config, full=False)
-        began = _cpu_seconds()
-        summary = precache(plan, check_source(plan))
-        seconds.append(_cpu_seconds() - began)
-        assert summary.total("encoded") == count, summary.rows()
-    assert plan is not None and manifest is not None
-    alone = _stages_alone(plan, min(clips, 200))
-    total = 1e3 * (seconds[2] - seconds[1]) / (counts[2] - counts[1])
-    return {"total_cpu_ms": total, **alone, "pipeline_cpu_ms": total - sum(alone.values())}
-
-
-def _cpu_seconds() -> float:
-    """Of this process and all below it, those that have ended included."""
-    import psutil
-
-    total, here = 0.0, psutil.Process()
-    for process in [here, *here.children(recursive=True)]:
-        with contextlib.suppress(psutil.Error):
-            times = process.cpu_times()
-            total += times.user + times.system + times.children_user + times.children_system
-    return total
-
-
-def _stages_alone(plan: RunPlan, count: int) -> dict[str, float]:
-    """CPU milliseconds a sample of what is done to the clips themselves, in this process."""
-    import torch
-
-    from k5dist.precache import stages
-    from k5dist.precache.pipeline import check_source
-
-    torch.set_num_threads(1)
-    rows = check_source(plan).rows.slice(0, count).drop_columns(["captions"]).to_pylist()
-    rows = [row | {"error": "", "stage": "", "key": ""} for row in rows]
-    datasets = {dataset.name: dataset for dataset in plan.config.datasets}
-    facts = {"pretrained": plan.pretrained_identity, "first_frame": False}
-    vae = stages.VaeStage(plan.pretrained, "cpu", False)
-    vae(stages.decode_row(stages.probe_clip(rows[0], datasets=datasets, unit=plan.config.side_unit, facts=facts)[0]))
-    took = []
-    began = time.process_time()
-    for work in (
-        lambda row: stages.probe_clip(row, datasets=datasets, unit=plan.config.side_unit, facts=facts)[0],
-        stages.decode_row,
-        vae,
-    ):
-        rows = [work(row) for row in rows]
-        took.append(time.process_time() - began)
-        began = time.process_time()
-    assert not any(row["error"] for row in rows)
-    names = ("probe_cpu_ms", "decode_cpu_ms", "vae_cpu_ms")
-    return {name: 1e3 * seconds / count for name, seconds in zip(names, took, strict=True)}
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m k5dist.benchmark precache", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
-    parser.add_argument("--clips", type=int, help="default: 96 a GPU, 64 without one; 0: none")
-    parser.add_argument("--small-clips", type=int, default=1000, help="for the pipeline's own part; 0: none")
+    parser.add_argument("--clips", type=int, help="default: 96 a GPU, 64 without one")
+    parser.add_argument("--small-clips", type=int, default=1000, help="of the pipeline's own part; 0: none")
     parser.add_argument("--shape", type=int, nargs=3, metavar=("T", "H", "W"))
     parser.add_argument("overrides", nargs="*", help="configuration, as of k5dist.launch: precache.vae_gpus=0.5")
     arguments = parser.parse_args(argv)
@@ -213,31 +147,26 @@ def main(argv: list[str] | None = None) -> None:
     shape = tuple(arguments.shape or (GPU_SHAPE if gpus else CPU_SHAPE))
     if arguments.clips is None:
         arguments.clips = 96 * gpus or 64
+    jobs = {
+        "clips": (arguments.clips, shape, []),
+        "small clips": (arguments.small_clips, SMALL_SHAPE, ["cluster.gpus_per_node=0"]),
+    }
     found: dict[str, Any] = {"gpus": gpus, "cores": os.cpu_count(), "overrides": arguments.overrides}
     with tempfile.TemporaryDirectory(prefix="k5dist-precache-") as scratch:
-        if arguments.clips:
-            found["clips"] = _measure_clips(Path(scratch) / "clips", arguments.clips, shape, arguments.overrides)
-        if arguments.small_clips:
-            say(f"the pipeline's own part: {arguments.small_clips} of {'×'.join(map(str, SMALL_SHAPE))}")
+        for name, (count, form, changes) in jobs.items():
+            if not count:
+                continue
+            root = Path(scratch) / name.replace(" ", "-")
+            say(f"{name}: making {count} of {'×'.join(map(str, form))}")
+            manifest = make_clips(root / "clips", count, form)
+            plan = plan_for(root, manifest, form, [*changes, *arguments.overrides])
+            make_checkpoint(Path(storage.normalise(plan.config.pretrained)), plan.config, plan.world.device == "cuda")
             with _ray():
-                root, changes = Path(scratch) / "small", ["cluster.gpus_per_node=0", *arguments.overrides]
-                found["overhead"] = measure_overhead(root, arguments.small_clips, changes)
-            show_table("CPU a sample", [(name, f"{value:.2f} ms") for name, value in found["overhead"].items()])
+                found[name] = measure(plan, count)
+            shutil.rmtree(root)
+            show_table(name, _rows(found[name]))
     arguments.out.write_text(json.dumps(found, indent=1) + "\n")
     say(f"figures: {arguments.out}")
-
-
-def _measure_clips(root: Path, count: int, shape: tuple[int, ...], overrides: list[str]) -> dict[str, Any]:
-    say(f"clips: making {count} of {'×'.join(map(str, shape))}")
-    frames, height, width = shape
-    manifest = make_clips(root / "clips", count, (frames, height, width))
-    plan = plan_for(root, manifest, (frames, height, width), overrides)
-    make_checkpoint(Path(storage.normalise(plan.config.pretrained)), plan.config, plan.world.device == "cuda")
-    with _ray():
-        result = measure(plan, count)
-    shutil.rmtree(root)
-    show_table("clips", _rows(result))
-    return result
 
 
 def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:

@@ -18,7 +18,7 @@ from k5dist.pools import block_bytes, settle_flow
 from k5dist.precache import pipeline, stages
 from k5dist.precache.stages import Rows, VaeStage
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 STORE, CORES, CLIPS, SHAPE = 256 * 2**20, 8, 21, (17, 768, 1024)
 
