@@ -1,8 +1,10 @@
-"""The GPUs of this machine, as the plan needs to know them."""
+"""The GPUs and the memory of this machine, as the plan needs to know them."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from pathlib import Path
 
 from k5dist.config import ClusterConfig
 from k5dist.world import ClusterFacts
@@ -12,8 +14,24 @@ def local_facts(config: ClusterConfig) -> ClusterFacts:
     """GPUs of a node: as configured, else those that the driver sees on this machine."""
     name, count = _local_gpus()
     if config.gpus_per_node is not None:
-        return ClusterFacts(config.gpus_per_node, name)
-    return ClusterFacts(count, name)
+        count = config.gpus_per_node
+    return ClusterFacts(count, name, store_bytes=_store_bytes())
+
+
+def _store_bytes() -> int:
+    """About what Ray's object store has on a machine like this one where nothing else is said: 30% of the memory that
+    the system or the control group leaves, and no more than its shared memory holds. What it has, precache asks Ray."""
+    import psutil
+
+    limits = [psutil.virtual_memory().total]
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # "max": no limit
+            limits.append(int(Path(file).read_text()))
+    limit = 0.3 * min(limits)
+    with contextlib.suppress(OSError):
+        shared = os.statvfs("/dev/shm")
+        limit = min(limit, 0.95 * shared.f_bavail * shared.f_frsize)
+    return int(limit)
 
 
 def _local_gpus() -> tuple[str | None, int]:

@@ -101,6 +101,7 @@ def show_plan(plan: RunPlan) -> None:
             f"{config.train.steps}, seed {config.train.seed}, lr {config.optimizer.lr:g} ({config.optimizer.schedule})",
         ),
         ("precache", _pools(plan)),
+        *([("under way", _flow(plan))] if plan.world.store_bytes else []),
         ("recompute", _recompute(plan)),
         ("memory a GPU" if world.device == "cuda" else "memory a worker", _memory(plan, costs)),
         *([("rollout", _rollout(plan, costs))] if config.rollout.enabled else []),
@@ -132,6 +133,17 @@ def _pools(plan: RunPlan) -> str:
     parts = [f"{p.workers} {name} workers" + (f" of {p.gpus:g} GPU" if p.gpus else "") for p, name in shown]
     decoding = "a free core" if pools.decode_tasks is None else f"{pools.decode_tasks} at once"
     return f"{', then '.join(parts)}; decoding: {decoding}"
+
+
+def _flow(plan: RunPlan) -> str:
+    """What precache may hold in Ray's object store; where it is too small, what helps."""
+    flow, mib = plan.flow, 2**20
+    told = f"at most {flow.blocks} × {flow.block_bytes / mib:.1f} MiB of decoded clips and {flow.shards} + 1 shards"
+    told += f" in Ray's object stores of about {flow.store_bytes / GIB:.1f} GiB"
+    if flow.bound_bytes > flow.store_bytes:
+        return f"{told}: MORE THAN THEY HOLD, they spill to disk; a smaller precache.shard_size_mib, or larger stores"
+    waits = flow.blocks < 2 * plan.pools.vae.workers
+    return told + ("; VAE workers wait for clips: larger stores help" if waits else "")
 
 
 def _count(number: int) -> str:

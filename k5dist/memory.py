@@ -47,9 +47,9 @@ ATTENTION_UNITS = 1  # the output of self-attention; arithmetic
 EAGER_FACTOR = 1.6  # without fusion fp32 intermediates stand in memory; an assumption for both of the above
 STAGED_BLOCKS = 2  # whose kept tensors are on their way to the host or back
 HOST_SHARE = 0.9  # of the host's page-locked memory that pieces of any size fill
-# Where workers swap tokens for heads: send and receive buffers of queries, keys, values and the output. An upper bound
-# so far: with 4, a step of Pro at 241×768×1280 on two H200 was planned at 127.5 GiB and ran out of memory at 138.2.
-ALL_TO_ALL_UNITS = 16
+# Where workers swap tokens for heads: what is sent and received of queries, keys, values and the output. With it a step
+# of Pro at 241×768×1280 on two H200 was predicted within 1% (115.1 GiB).
+ALL_TO_ALL_UNITS = 4
 FORWARD_UNITS = 12  # of a forward that keeps nothing (sampling validation videos); an assumption
 
 # NABLA's backward lists the kept blocks by rows and by columns, int16, in chunks of heads that stay below the cap with

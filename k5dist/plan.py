@@ -19,7 +19,7 @@ from k5dist.config import ConfigError, RunConfig
 from k5dist.datasets import DatasetConfig
 from k5dist.estimate import GIB, Recompute
 from k5dist.memory import Memory
-from k5dist.pools import Pools, settle_pools
+from k5dist.pools import Flow, Pools, block_bytes, settle_flow, settle_pools
 from k5dist.shapes import Bucket
 from k5dist.world import ClusterFacts, World, make_world
 
@@ -67,6 +67,21 @@ class RunPlan:
     def what_is_encoded(self) -> tuple[str, str, str]:
         """Equal for runs whose precaches do the same work."""
         return self.cache_fingerprint, self.features_id, repr(self.config.data)
+
+    @property
+    def sample_bytes(self) -> int:
+        """Of the latents of a clip of the largest bucket, bf16."""
+        largest, first_frame = memory.largest(self.buckets), self.config.flavour.task == "i2v"
+        return estimate.sample_cache_bytes(self.config.model, largest, first_frame=first_frame, text_tokens=0)
+
+    def rows_per_shard(self, row_bytes: int) -> int:
+        return max(1, int(self.config.precache.shard_size_mib * 2**20 // row_bytes))
+
+    @property
+    def flow(self) -> Flow:
+        """What of clips may be under way in object stores as large as the plan knows of."""
+        shard_bytes = self.rows_per_shard(self.sample_bytes) * self.sample_bytes
+        return settle_flow(self.world.store_bytes, block_bytes(self.buckets), shard_bytes, self.pools.vae.workers)
 
     @property
     def checkpoints_uri(self) -> str:

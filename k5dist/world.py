@@ -10,11 +10,13 @@ from k5dist.config import ConfigError, RunConfig
 
 @dataclass(frozen=True)
 class ClusterFacts:
-    """What the planner must know of the machines: GPUs a node (0: CPU workers) and their kind."""
+    """What the planner must know of the machines: GPUs a node (0: CPU workers) and their kind, and the bytes of Ray's
+    object store on a node (0: not known)."""
 
     gpus_per_node: int
     gpu_name: str | None = None
     assumed: bool = False
+    store_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class World:
     shard: int
     replicate: int
     context: int
+    store_bytes: int = 0  # of Ray's object stores, all nodes'; 0: not known
 
     @property
     def size(self) -> int:
@@ -67,4 +70,5 @@ def make_world(config: RunConfig, facts: ClusterFacts) -> World:
         )
         fix = f"parallel.shard={size // rest}" if size % rest == 0 else "lower parallel.replicate or parallel.context"
         raise ConfigError(key, value, rule, fix)
-    return World(cluster.nodes, workers, device, facts.gpu_name, shard, parallel.replicate, parallel.context)
+    store = cluster.nodes * facts.store_bytes
+    return World(cluster.nodes, workers, device, facts.gpu_name, shard, parallel.replicate, parallel.context, store)

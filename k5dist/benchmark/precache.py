@@ -5,8 +5,9 @@ a GPU the VAE has the full size and random weights, without one it is the tiny f
 tiny ones. A second pass over the finished cache tells what a run without news costs.
 
 What is counted: samples a second and the share of its time that the VAE's pool is at work, from the first beginning to
-the last end, with decoding beside it. Then, on CPUs, clips so small that decoding and encoding are next to nothing:
-what the VAE's worker waits a sample is what the pipeline itself costs.
+the last end, with decoding beside it. Then, on CPUs and with clips as small as can be, what the pipeline itself costs:
+CPU seconds of all processes, of which those are no part that probing, decoding and encoding take by themselves. CPU
+seconds, and as a slope while work goes on: other work on the machine and starting processes do not count.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import os
 import shutil
 import tempfile
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from k5dist.hardware import local_facts
 from k5dist.plan import RunPlan, make_plan
 
 GPU_SHAPE, CPU_SHAPE, SMALL_SHAPE = (61, 512, 768), (17, 64, 96), (5, 16, 16)
+SMALL_SHARD_MIB = 0.03125  # 64 such clips: about as many as a shard of real ones holds
 DIFFERENT = 4  # clips that are encoded; the others are copies with other bytes at the end
 FRAME_RATE = 24
 
@@ -131,13 +134,97 @@ def measure(plan: RunPlan, count: int) -> dict[str, Any]:
     }
 
 
+def measure_overhead(root: Path, clips: int, overrides: list[str]) -> dict[str, float]:
+    """CPU milliseconds a sample of everything, and of its parts alone; Ray must be initialised.
+
+    The slope of CPU seconds over samples, from the first to the last sign of progress of each phase.
+    """
+    from k5dist.precache import pipeline
+
+    manifest = make_clips(root / "clips", clips, SMALL_SHAPE)
+    plan = plan_for(root, manifest, SMALL_SHAPE, [f"precache.shard_size_mib={SMALL_SHARD_MIB}", *overrides])
+    make_checkpoint(Path(storage.normalise(plan.config.pretrained)), plan.config, full=False)
+    usage, shown = _CpuUsage(), pipeline.progress_bar
+    pipeline.progress_bar = usage.progress_bar  # type: ignore[assignment]
+    try:
+        summary = pipeline.precache(plan, pipeline.check_source(plan))
+    finally:
+        pipeline.progress_bar = shown
+    assert summary.total("encoded") == clips, summary.rows()
+    total = 1e3 * (usage.slope("probe") + usage.slope("clips"))
+    alone = _stages_alone(plan, min(clips, 200))
+    return {"total_cpu_ms": total, **alone, "pipeline_cpu_ms": total - sum(alone.values())}
+
+
+class _CpuUsage:
+    """CPU seconds of this process and of all that were ever seen below it, at each sign of progress."""
+
+    def __init__(self) -> None:
+        self.marks: dict[str, list[tuple[int, float]]] = {}
+        self._seconds: dict[tuple[int, float], float] = {}  # by process; what has ended keeps its last
+
+    @contextlib.contextmanager
+    def progress_bar(self, what: str, _: int) -> Iterator[Any]:
+        marks = self.marks.setdefault(what, [])
+
+        def advance(count: int) -> None:
+            marks.append(((marks[-1][0] if marks else 0) + count, self.total()))
+
+        yield types.SimpleNamespace(advance=advance)
+
+    def total(self) -> float:
+        import psutil
+
+        here = psutil.Process()
+        for process in [here, *here.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                self._seconds[process.pid, process.create_time()] = times.user + times.system
+        return sum(self._seconds.values())
+
+    def slope(self, what: str) -> float:
+        """Seconds a sample."""
+        (first, began), (last, ended) = self.marks[what][0], self.marks[what][-1]
+        assert last > first, f"{what}: too few samples to see progress"
+        return (ended - began) / (last - first)
+
+
+def _stages_alone(plan: RunPlan, count: int) -> dict[str, float]:
+    """CPU milliseconds a sample of what is done to the clips themselves, in this process."""
+    import torch
+
+    from k5dist.precache import stages
+    from k5dist.precache.pipeline import check_source
+
+    torch.set_num_threads(1)
+    rows = check_source(plan).rows.slice(0, count).drop_columns(["captions"]).to_pylist()
+    rows = [row | {"error": "", "stage": "", "key": ""} for row in rows]
+    datasets = {dataset.name: dataset for dataset in plan.config.datasets}
+    facts = {"pretrained": plan.pretrained_identity, "first_frame": False}
+    vae = stages.VaeStage(plan.pretrained, "cpu", False)
+    vae(stages.decode_row(stages.probe_clip(rows[0], datasets=datasets, unit=plan.config.side_unit, facts=facts)[0]))
+    took = []
+    began = time.process_time()
+    for work in (
+        lambda row: stages.probe_clip(row, datasets=datasets, unit=plan.config.side_unit, facts=facts)[0],
+        stages.decode_row,
+        vae,
+    ):
+        rows = [work(row) for row in rows]
+        took.append(time.process_time() - began)
+        began = time.process_time()
+    assert not any(row["error"] for row in rows)
+    names = ("probe_cpu_ms", "decode_cpu_ms", "vae_cpu_ms")
+    return {name: 1e3 * seconds / count for name, seconds in zip(names, took, strict=True)}
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m k5dist.benchmark precache", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
-    parser.add_argument("--clips", type=int, help="default: 96 a GPU, 64 without one")
-    parser.add_argument("--small-clips", type=int, default=1000, help="of the pipeline's own part; 0: none")
+    parser.add_argument("--clips", type=int, help="default: 96 a GPU, 64 without one; 0: none")
+    parser.add_argument("--small-clips", type=int, default=1000, help="for the pipeline's own part; 0: none")
     parser.add_argument("--shape", type=int, nargs=3, metavar=("T", "H", "W"))
     parser.add_argument("overrides", nargs="*", help="configuration, as of k5dist.launch: precache.vae_gpus=0.5")
     arguments = parser.parse_args(argv)
@@ -147,26 +234,31 @@ def main(argv: list[str] | None = None) -> None:
     shape = tuple(arguments.shape or (GPU_SHAPE if gpus else CPU_SHAPE))
     if arguments.clips is None:
         arguments.clips = 96 * gpus or 64
-    jobs = {
-        "clips": (arguments.clips, shape, []),
-        "small clips": (arguments.small_clips, SMALL_SHAPE, ["cluster.gpus_per_node=0"]),
-    }
     found: dict[str, Any] = {"gpus": gpus, "cores": os.cpu_count(), "overrides": arguments.overrides}
     with tempfile.TemporaryDirectory(prefix="k5dist-precache-") as scratch:
-        for name, (count, form, changes) in jobs.items():
-            if not count:
-                continue
-            root = Path(scratch) / name.replace(" ", "-")
-            say(f"{name}: making {count} of {'×'.join(map(str, form))}")
-            manifest = make_clips(root / "clips", count, form)
-            plan = plan_for(root, manifest, form, [*changes, *arguments.overrides])
-            make_checkpoint(Path(storage.normalise(plan.config.pretrained)), plan.config, plan.world.device == "cuda")
+        if arguments.clips:
+            found["clips"] = _measure_clips(Path(scratch) / "clips", arguments.clips, shape, arguments.overrides)
+        if arguments.small_clips:
+            say(f"the pipeline's own part: {arguments.small_clips} of {'×'.join(map(str, SMALL_SHAPE))}")
             with _ray():
-                found[name] = measure(plan, count)
-            shutil.rmtree(root)
-            show_table(name, _rows(found[name]))
+                root, changes = Path(scratch) / "small", ["cluster.gpus_per_node=0", *arguments.overrides]
+                found["overhead"] = measure_overhead(root, arguments.small_clips, changes)
+            show_table("CPU a sample", [(name, f"{value:.2f} ms") for name, value in found["overhead"].items()])
     arguments.out.write_text(json.dumps(found, indent=1) + "\n")
     say(f"figures: {arguments.out}")
+
+
+def _measure_clips(root: Path, count: int, shape: tuple[int, ...], overrides: list[str]) -> dict[str, Any]:
+    say(f"clips: making {count} of {'×'.join(map(str, shape))}")
+    frames, height, width = shape
+    manifest = make_clips(root / "clips", count, (frames, height, width))
+    plan = plan_for(root, manifest, (frames, height, width), overrides)
+    make_checkpoint(Path(storage.normalise(plan.config.pretrained)), plan.config, plan.world.device == "cuda")
+    with _ray():
+        result = measure(plan, count)
+    shutil.rmtree(root)
+    show_table("clips", _rows(result))
+    return result
 
 
 def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:

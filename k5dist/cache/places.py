@@ -16,8 +16,9 @@ import dataclasses
 import hashlib
 import json
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ VERSION = 1
 ORDER, FOLDER, TEXTS = "order.json", "places", "texts.parquet"
 FILE_ROWS = 1 << 18  # 256 row groups: the footer of a file is a few hundred KiB
 _KEPT_FILES = 16
+_BATCH_ROWS = 1 << 14
 _PLACE = ["shard", "offset", "length", "tensors"]
 _ALIKE = ["held_out", "frames", "height", "width", "dataset", "repeats", "probability"]
 
@@ -93,23 +95,25 @@ def note_places(run_uri: str, selected: pa.Table, held_out: float, stores: Store
     A sample that the cache has lost is counted; a caption or features that it has lost have no place.
     """
     generations = stores.generations  # asked before the index: what goes meanwhile is noticed
-    table = _found(selected, stores.samples, ["frames", "height", "width"])
-    missing = table.column("frames").null_count
-    table = table.filter(pc.is_valid(table.column("frames")))
-    index = stores.captions.index(_PLACE)
-    table = table.set_column(table.column_names.index("captions"), "captions", _captions(table, index))
-    featureless = feature_dim = 0
+    samples = stores.samples.index([*_PLACE, "frames", "height", "width"])
+    table = _found(selected, samples, ["frames", "height", "width"])
+    missing = table.column("row").null_count
+    table = table.filter(pc.is_valid(table.column("row")))
+    pa.default_memory_pool().release_unused()  # Arrow keeps what reading took, several times the table
+    featureless, feature_dim, features = 0, 0, None
     if stores.features is not None:
-        features = _found(table.select(["key"]), stores.features, [])
-        table = table.append_column("features", _place_struct(features))
-        featureless = features.column("shard").null_count
-        feature_dim = _width(features)
+        features = stores.features.index(_PLACE)
+        rows = pc.index_in(table.column("key"), value_set=features.column("key").combine_chunks())
+        featureless, feature_dim = rows.null_count, _width(features.take(rows.drop_null()[:1]))
+        table = table.append_column("features", rows)
     table = table.append_column("held_out", _held_out(table, held_out))
     table = table.sort_by([(name, "ascending") for name in (*_ALIKE, "key")])
     strata = [] if missing else _strata(table)
-    folder = _write_files(run_uri, table.drop_columns(_ALIKE))
+    captions = stores.captions.index(_PLACE)
+    pa.default_memory_pool().release_unused()
+    folder = _write_files(run_uri, table.drop_columns(_ALIKE), partial(_noted, samples, captions, features))
     wanted = pc.field("key").isin([layout.caption_key(text) for text in prompts])
-    storage.publish_bytes(storage.join(run_uri, TEXTS), rows_file(index.filter(wanted).sort_by("key")))
+    storage.publish_bytes(storage.join(run_uri, TEXTS), rows_file(captions.filter(wanted).sort_by("key")))
     before = Order.read(run_uri)
     body = {"version": VERSION, "rows": selected.num_rows, "missing": missing, "featureless": featureless}
     body |= {"feature_dim": feature_dim, "generations": generations, "folder": folder}
@@ -119,12 +123,22 @@ def note_places(run_uri: str, selected: pa.Table, held_out: float, stores: Store
         storage.remove(storage.join(run_uri, FOLDER, before.folder))
 
 
-def _found(table: pa.Table, store: ShardStore, columns: Sequence[str]) -> pa.Table:
-    """`table` with the place of its keys in `store` and more of its columns; null where it is not there."""
-    index = store.index([*_PLACE, *columns])
+def _found(table: pa.Table, index: pa.Table, columns: Sequence[str]) -> pa.Table:
+    """`table` with the `row` of its keys in `index` and some of its columns; null where it is not there."""
     rows = pc.index_in(table.column("key"), value_set=index.column("key").combine_chunks())
-    found = index.select([*_PLACE, *columns]).take(rows)
-    return pa.table([*table.columns, *found.columns], [*table.column_names, *found.column_names])
+    found = index.select(list(columns)).take(rows)
+    return pa.table([*table.columns, rows, *found.columns], [*table.column_names, "row", *found.column_names])
+
+
+def _noted(samples: pa.Table, captions: pa.Table, features: pa.Table | None, part: pa.Table) -> pa.Table:
+    """Rows of a run with the places that `row` and `features` name by number, and those of their captions: what a file
+    holds. A million rows' places at once would take gigabytes."""
+    place = samples.select(_PLACE).take(part.column("row"))
+    columns = {"key": part.column("key"), "captions": _captions(part, captions)}
+    columns |= {name: place.column(name) for name in _PLACE}
+    if features is not None:
+        columns["features"] = _place_struct(features.select(_PLACE).take(part.column("features")))
+    return pa.table(columns)
 
 
 def _place_struct(table: pa.Table) -> pa.StructArray:
@@ -138,7 +152,9 @@ def _captions(table: pa.Table, index: pa.Table) -> pa.Array:
     lists = pa.concat_arrays(table.column("captions").chunks) if table.num_rows else pa.array([], pa.list_(pa.string()))
     texts = lists.flatten()
     distinct = texts.dictionary_encode()
-    keys = pa.array([layout.caption_key(text) for text in distinct.dictionary.to_pylist()], pa.string())
+    batches = (distinct.dictionary[at : at + _BATCH_ROWS] for at in range(0, len(distinct.dictionary), _BATCH_ROWS))
+    known = [pa.array([layout.caption_key(text) for text in batch.to_pylist()], pa.string()) for batch in batches]
+    keys = pa.concat_arrays(known) if known else pa.array([], pa.string())
     rows = pc.index_in(keys.take(distinct.indices), value_set=index.column("key").combine_chunks())
     places = _place_struct(index.select(_PLACE).take(rows))
     entries = pa.StructArray.from_arrays([texts, places], ["text", "place"])
@@ -147,14 +163,18 @@ def _captions(table: pa.Table, index: pa.Table) -> pa.Array:
 
 
 def _width(features: pa.Table) -> int:
-    tensors = features.column("tensors").drop_null()
-    return tensors[0].as_py()[0]["shape"][-1] if len(tensors) else 0
+    """Of the features of the first row, if there is any."""
+    return features.column("tensors")[0].as_py()[0]["shape"][-1] if features.num_rows else 0
 
 
 def _held_out(table: pa.Table, share: float) -> pa.Array:
     names = ("dataset", "frames", "height", "width")
-    strata = list(zip(*(table.column(name).to_pylist() for name in names), strict=True))
-    strata = [(dataset, tuple(shape)) for dataset, *shape in strata]
+    alike: dict[Any, Any] = {}  # one object a stratum, not one a row
+    strata: list[Any] = []
+    for batch in table.select(list(names)).to_batches(max_chunksize=_BATCH_ROWS):
+        for dataset, *shape in zip(*(batch.column(name).to_pylist() for name in names), strict=True):
+            stratum = (dataset, tuple(shape))
+            strata.append(alike.setdefault(stratum, stratum))
     _, rows = split_held_out(table.column("key").to_pylist(), share, strata)
     held_out = np.zeros(table.num_rows, dtype=bool)
     held_out[rows] = True
@@ -174,18 +194,27 @@ def _strata(table: pa.Table) -> list[Stratum]:
     return strata
 
 
-def _write_files(run_uri: str, table: pa.Table) -> str:
-    """The folder's name: a digest, so that a worker never meets other rows than those whose order it knows."""
-    parts = [table.slice(at, FILE_ROWS) for at in range(0, table.num_rows, FILE_ROWS)]
-    digest = hashlib.sha256(str(table.schema).encode())
-    for part in parts:
-        for batch in part.to_batches(max_chunksize=1 << 14):
-            digest.update(batch.serialize())
-    name = digest.hexdigest()[:16]
-    for number, part in enumerate(parts):
-        uri = storage.join(run_uri, FOLDER, name, f"{number:06d}.parquet")
-        if not storage.exists(uri):
-            storage.publish_bytes(uri, rows_file(part))
+def _write_files(run_uri: str, table: pa.Table, noted: Callable[[pa.Table], pa.Table]) -> str:
+    """FILE_ROWS at a time of what `noted` makes of `table`'s rows.
+
+    Returns the folder's name: a digest, so that a worker never meets other rows than those whose order it knows.
+    """
+    digest, schema = hashlib.sha256(), b""
+    with storage.scratch_folder("places") as scratch:  # the name is known when the last file is
+        for number, at in enumerate(range(0, table.num_rows, FILE_ROWS)):
+            part = noted(table.slice(at, FILE_ROWS).combine_chunks())
+            if not schema:
+                schema = str(part.schema).encode()
+                digest.update(schema)
+            for batch in part.to_batches(max_chunksize=_BATCH_ROWS):
+                digest.update(batch.serialize())
+            (scratch / f"{number:06d}.parquet").write_bytes(rows_file(part))
+            pa.default_memory_pool().release_unused()
+        name = digest.hexdigest()[:16]
+        for file in sorted(scratch.iterdir()):
+            uri = storage.join(run_uri, FOLDER, name, file.name)
+            if not storage.exists(uri):
+                storage.publish_bytes(uri, file.read_bytes())
     return name
 
 

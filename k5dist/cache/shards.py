@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from k5dist import storage
@@ -150,11 +151,15 @@ class ShardStore:
             return schema.empty_table()
         with ThreadPoolExecutor(_READERS) as pool:
             parts = list(pool.map(lambda name: read_parquet(storage.join(folder, name), wanted), names))
-        # Two jobs on one cache may have encoded the same clip into different shards: one row a key is kept.
         table = pa.concat_tables(parts, promote_options="default").combine_chunks()
-        keys = table.column("key").to_numpy(zero_copy_only=False)
-        _, first = np.unique(keys.astype(str), return_index=True)
-        return table.take(pa.array(first)).cast(schema)
+        del parts  # of a million rows each copy is hundreds of MiB
+        # Two jobs on one cache may have encoded the same clip into different shards: one row a key is kept, the first.
+        order = pc.sort_indices(table.column("key"))  # stable
+        keys = table.column("key").take(order).combine_chunks()
+        order = order.filter(pa.concat_arrays([pa.array([True]), pc.not_equal(keys[1:], keys[:-1])]))
+        if len(order) < table.num_rows or not np.array_equal(order, np.arange(len(order))):
+            table = table.take(order)
+        return table.cast(schema)
 
     def keys(self) -> set[str]:
         return set(self.index(["key"]).column("key").to_pylist())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from k5dist import storage
 from k5dist.cache import layout
@@ -40,10 +43,17 @@ def feature_stores(cache_uri: str) -> list[ShardStore]:
     return [layout.features(cache_uri, name) for name in storage.list_folder(storage.join(cache_uri, "features"))]
 
 
-def verify(store: ShardStore, advance: Callable[[], None] = lambda: None) -> Iterator[Bad]:
-    """Read every record of the index again and hold it against its checksum, its shape and what a number may be."""
+def verify(
+    store: ShardStore, advance: Callable[[], None] = lambda: None, *, samples: ShardStore | None = None
+) -> Iterator[Bad]:
+    """Read every record of the index again and hold it against its checksum, its shape and what a number may be.
+
+    Features are as long as their samples' latents: for theirs, `samples` says how long those are.
+    """
     table = store.index()
     facts = table.drop_columns(["shard", "offset", "length", "tensors"])
+    if samples is not None:
+        facts = _with_shapes(facts, samples)
     called = "uri" if "uri" in store.columns else "caption"
     with ThreadPoolExecutor(READERS) as pool:
         for batch in table_batches(table.num_rows):
@@ -53,6 +63,15 @@ def verify(store: ShardStore, advance: Callable[[], None] = lambda: None) -> Ite
                 advance()
                 if reason:
                     yield Bad(row["key"], str(row[called])[:200], reason)
+
+
+def _with_shapes(facts: pa.Table, samples: ShardStore) -> pa.Table:
+    """With the frames and sides of each record's sample; null where there is no such sample any more."""
+    names = ["frames", "height", "width"]
+    index = samples.index(["key", *names])
+    rows = pc.index_in(facts.column("key"), value_set=index.column("key").combine_chunks())
+    found = index.select(names).take(rows)
+    return pa.table([*facts.columns, *found.columns], [*facts.column_names, *names])
 
 
 def table_batches(rows: int) -> Iterator[tuple[int, int]]:
@@ -86,14 +105,30 @@ def _tensor_fault(name: str, shape: tuple[int, ...], bits: np.ndarray, row: Mapp
         bucket = Bucket(row["frames"], row["height"], row["width"])
         if tuple(shape[:3]) != bucket.latent_shape:
             return f"{name} is {list(shape[:3])}, a clip of {bucket} has latents of {list(bucket.latent_shape)}"
+    if name == "features" and row.get("frames") is not None:
+        latents = Bucket(row["frames"], row["height"], row["width"]).latent_shape[0]
+        if shape[0] != latents:
+            return f"features of {shape[0]} frames, its latents have {latents}"
     return None
 
 
-def wanted_keys(root: str) -> set[str]:
-    """The samples that some run below `root` was begun with."""
+def wanted_keys(root: str, features_id: str | None = None) -> set[str]:
+    """The samples that some run below `root` was begun with; only of runs with CREPA's `features_id` where one is given
+    (a run whose plan does not say counts as one)."""
     runs = storage.join(root, "runs")
-    selections = (storage.join(runs, run, layout.SELECTION) for run in storage.list_folder(runs))
-    return {key for uri in selections if storage.exists(uri) for key in layout.read_selection(uri)}
+    wanted: set[str] = set()
+    for run in storage.list_folder(runs):
+        uri = storage.join(runs, run, layout.SELECTION)
+        if storage.exists(uri) and (
+            features_id is None or _features_of(storage.join(runs, run)) in (features_id, None)
+        ):
+            wanted.update(layout.read_selection(uri))
+    return wanted
+
+
+def _features_of(run_uri: str) -> str | None:
+    uri = storage.join(run_uri, "plan.json")
+    return json.loads(storage.read_text(uri)).get("features_id") if storage.exists(uri) else None
 
 
 def prune(store: ShardStore, wanted: Collection[str]) -> int:

@@ -112,8 +112,8 @@ def _verify(plan: RunPlan, tracked: TrackedRun, summary: list[tuple[str, str]]) 
     found = f"{len(bad)} records of the cache are damaged:\n{explain(bad)}"
     if not repair:
         raise CacheDamaged(f"{found}\nthe same command with precache.repair=true encodes them again")
-    say(f"{found}\nthey are encoded again")
-    summary.append(("verify", f"{len(bad)} damaged records, removed and encoded again"))
+    say(f"{found}\nthey are removed, and what this run uses of them is encoded again")
+    summary.append(("verify", f"{len(bad)} damaged records, removed; those that this run uses encoded again"))
     return True
 
 

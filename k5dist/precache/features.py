@@ -20,7 +20,8 @@ from k5dist.config import CrepaConfig
 from k5dist.console import progress_bar, say
 from k5dist.estimate import feature_cache_bytes
 from k5dist.plan import RunPlan
-from k5dist.precache import stages, stream
+from k5dist.pools import block_bytes
+from k5dist.precache import flow, stages, stream
 from k5dist.precache.attempts import Attempts
 from k5dist.precache.stages import Rows
 
@@ -64,19 +65,22 @@ def encode_features(plan: RunPlan, rows: dict[str, dict[str, Any]], resources: d
     """Bring the features of `rows` (by key) up to date; the rows that failed, with `error` and `stage`."""
     store = layout.features(plan.cache_uri, plan.features_id)
     largest = max(plan.buckets, key=lambda bucket: bucket.tokens)
-    size = max(1, int(plan.config.precache.shard_size_mib * 2**20 // feature_cache_bytes(plan.config.crepa, largest)))
-    known, groups = orders.settle(store, list(rows), size)
+    row_bytes = feature_cache_bytes(plan.config.crepa, largest)
+    known, groups = orders.settle(store, list(rows), plan.rows_per_shard(row_bytes))
     keys = [key for group in groups for key in group if key is not None]
     if not keys:
         say(f"features: those of all {len(rows)} clips are in the cache, nothing to encode")
         orders.finish(store, known)
         return []
     attempts = Attempts()
-    table, length = stream.grouped({key: rows[key] for key in keys}, groups)
-    dataset = ray.data.from_arrow(stream.slices(table, 1)).map(
-        partial(stages.decode_row, attempts=attempts), num_cpus=1, concurrency=plan.config.precache.decode_workers
-    )
     device, pool = plan.world.device, plan.pools.vae  # it works in turn with the VAE, and is smaller
+    table, length = stream.grouped({key: rows[key] for key in keys}, groups)
+    under_way = flow.measured(block_bytes(plan.buckets), length * row_bytes, pool.workers)
+    dataset = ray.data.from_arrow(stream.slices(table, 1)).map(
+        partial(stages.decode_row, attempts=attempts),
+        compute=ray.data.TaskPoolStrategy(plan.pools.decode_tasks),
+        **flow.decode_resources(under_way),
+    )
     dataset = dataset.map(
         FeatureStage,  # type: ignore[arg-type]  (Ray Data's map takes classes, its annotation functions)
         fn_constructor_args=(plan.config.crepa, device, attempts),
@@ -86,8 +90,10 @@ def encode_features(plan: RunPlan, rows: dict[str, dict[str, Any]], resources: d
         partial(write_features, cache_uri=plan.cache_uri, features_id=plan.features_id),
         batch_format="pyarrow",
         batch_size=length,
+        compute=ray.data.TaskPoolStrategy(under_way.shards),
         num_cpus=0.25,
     )
+    dataset = flow.bound(dataset, under_way, length)
     lost: list[Rows] = []
     with progress_bar("features", len(keys)) as bar:
 

@@ -21,9 +21,9 @@ from k5dist.cache.places import Stores, forget_places, note_places
 from k5dist.config import ConfigError, RunConfig
 from k5dist.console import progress_bar, say
 from k5dist.datasets import DatasetConfig
-from k5dist.estimate import sample_cache_bytes
 from k5dist.plan import RunPlan
-from k5dist.precache import stages, stream
+from k5dist.pools import block_bytes, rows_per_block
+from k5dist.precache import flow, stages, stream
 from k5dist.precache.attempts import Attempts
 from k5dist.precache.features import encode_features
 from k5dist.precache.images import encode_images
@@ -33,7 +33,6 @@ from k5dist.precache.texts import all_captions, encode_captions, installed_encod
 from k5dist.retry import StorageUnavailable
 
 _PROBES_PER_BLOCK = 64
-_BLOCK_BYTES, _ROWS_PER_BLOCK = 16 * 2**20, 64  # of decoded clips
 _PROBE_BLOCKS = 2048  # at most: each is an object of Ray's
 
 
@@ -102,7 +101,7 @@ def _encode_clips(plan: RunPlan, listing: Listing, summary: Summary) -> pa.Table
         by_key.setdefault(key, []).append(at)
     _check_batch(plan, _take(good, [rows[0] for rows in by_key.values()]))
     store = layout.samples(plan.cache_uri)
-    known, groups = orders.settle(store, list(by_key), stream.rows_per_shard(plan, _sample_bytes(plan)))
+    known, groups = orders.settle(store, list(by_key), plan.rows_per_shard(plan.sample_bytes))
     for row in good.filter(pc.field("key").isin(pa.array(list(known), pa.string()))).to_pylist():
         summary.count("cached_before", row)
     keys = [key for group in groups for key in group if key is not None]
@@ -225,12 +224,13 @@ def _clip_dataset(plan: RunPlan, todo: dict[str, dict[str, Any]], groups: list[o
     config = plan.config
     device, pool = plan.world.device, plan.pools.vae
     first_frame, attempts = config.flavour.task == "i2v", Attempts()
-    rows = min(_rows_per_block(plan), max(map(len, groups)))
+    rows = min(rows_per_block(plan.buckets), max(map(len, groups)))
     table, length = stream.grouped(todo, groups, multiple=rows)
+    under_way = flow.measured(block_bytes(plan.buckets), length * plan.sample_bytes, pool.workers)
     dataset = ray.data.from_arrow(stream.slices(table, rows)).map(
         partial(stages.decode_row, attempts=attempts),
-        num_cpus=1,
-        concurrency=plan.pools.decode_tasks,
+        compute=ray.data.TaskPoolStrategy(plan.pools.decode_tasks),
+        **flow.decode_resources(under_way),
     )
     dataset = dataset.map(
         stages.VaeStage,  # type: ignore[arg-type]  (Ray Data's map takes classes, its annotation functions)
@@ -242,25 +242,14 @@ def _clip_dataset(plan: RunPlan, todo: dict[str, dict[str, Any]], groups: list[o
         compute=ray.data.ActorPoolStrategy(size=pool.workers, max_tasks_in_flight_per_actor=2),
         **stream.resources(pool),
     )
-    return dataset.map_batches(
+    dataset = dataset.map_batches(
         partial(stages.write_samples, cache_uri=plan.cache_uri, attempts=attempts),
         batch_format="pyarrow",
         batch_size=length,
+        compute=ray.data.TaskPoolStrategy(under_way.shards),
         num_cpus=0.25,
     )
-
-
-def _rows_per_block(plan: RunPlan) -> int:
-    """A decoded clip is large (up to hundreds of megabytes), and one a block keeps memory in hand; small ones share a
-    block, for each costs Ray as much as a small clip's work."""
-    pixels = max(bucket.frames * bucket.height * bucket.width for bucket in plan.buckets)
-    return max(1, min(_ROWS_PER_BLOCK, _BLOCK_BYTES // (3 * pixels)))
-
-
-def _sample_bytes(plan: RunPlan) -> int:
-    largest = max(plan.buckets, key=lambda bucket: bucket.tokens)
-    first_frame = plan.config.flavour.task == "i2v"
-    return sample_cache_bytes(plan.config.model, largest, first_frame=first_frame, text_tokens=0)
+    return flow.bound(dataset, under_way, length // rows)
 
 
 def _take(table: pa.Table, rows: list[int]) -> pa.Table:

@@ -17,7 +17,6 @@ from ray.exceptions import RayTaskError
 
 from k5dist.cache.orders import Group
 from k5dist.config import ConfigError
-from k5dist.plan import RunPlan
 from k5dist.pools import Pool
 from k5dist.retry import StorageUnavailable
 
@@ -83,7 +82,3 @@ def _readable(error: BaseException | None) -> BaseException | None:
 def resources(pool: Pool) -> dict[str, Any]:
     """What one worker of a pool asks Ray for."""
     return {"num_gpus": pool.gpus, "num_cpus": 0} if pool.gpus else {"num_cpus": 1}
-
-
-def rows_per_shard(plan: RunPlan, row_bytes: int) -> int:
-    return max(1, int(plan.config.precache.shard_size_mib * 2**20 // row_bytes))

@@ -59,7 +59,7 @@ def encode_captions(plan: RunPlan, encoding: layout.TextEncoding, texts: list[st
     # Captions of about one length make batches with little padding. A batch's padding shows in the last bits of its
     # features: the orders fix batches as well as shards.
     rows = {layout.caption_key(text): {"caption": text} for text in sorted(texts, key=lambda text: (len(text), text))}
-    known, groups = orders.settle(store, list(rows), _whole_batches(stream.rows_per_shard(plan, row_bytes), batch))
+    known, groups = orders.settle(store, list(rows), _whole_batches(plan.rows_per_shard(row_bytes), batch))
     if not groups:
         say(f"captions: all {len(texts)} are in the cache, nothing to encode")
         orders.finish(store, known)

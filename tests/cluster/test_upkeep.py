@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from k5dist.cache import layout
-from k5dist.cache.shards import places
+from k5dist.cache.shards import ShardStore, places
 from k5dist.plan import RunPlan
 from k5dist.precache.video import encode_mp4
 from tests.cluster import job as jobs
@@ -18,9 +18,8 @@ from tests.cluster import job as jobs
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 
-def damage(cache_uri: str, key: str) -> Path:
-    """Flip one bit in the middle of a sample; returns its shard."""
-    store = layout.samples(cache_uri)
+def damage(store: ShardStore, key: str) -> Path:
+    """Flip one bit in the middle of a record; returns its shard."""
     table = store.index()
     place = places(table)[table.column("key").to_pylist().index(key)]
     shard = Path(store.shard_uri(place.shard))
@@ -30,8 +29,7 @@ def damage(cache_uri: str, key: str) -> Path:
     return shard
 
 
-def tensors(cache_uri: str) -> dict[str, list[bytes]]:
-    store = layout.samples(cache_uri)
+def tensors(store: ShardStore) -> dict[str, list[bytes]]:
     table = store.index()
     keys = table.column("key").to_pylist()
     return {
@@ -47,27 +45,29 @@ def test_damage_is_named_mended_and_what_nobody_wants_goes(tmp_path: Path) -> No
         frames = np.random.default_rng(ord(name)).integers(0, 255, (40, 64, 96, 3), np.uint8)
         encode_mp4(frames, clips / f"{name}.mp4", frame_rate=24)
         (clips / f"{name}.txt").write_text(f"clip {name}\n")
-    command = ["+flavour=t2v-tiny", f"data.source={clips}", "name=clips"]
+    command = ["+flavour=t2v-tiny", f"data.source={clips}", "crepa.enabled=true", "name=clips"]
     job = jobs.run(root, *command, "stages=[precache]", "resume=never")
     assert job.process.returncode == 0, job.output
-    cache = RunPlan.from_json((root / "runs" / "clips" / "plan.json").read_text()).cache_uri
-    whole = tensors(cache)
-    assert len(whole) == 3
-    index = layout.samples(cache).index()
+    plan = RunPlan.from_json((root / "runs" / "clips" / "plan.json").read_text())
+    samples, features = layout.samples(plan.cache_uri), layout.features(plan.cache_uri, plan.features_id)
+    whole, seen = tensors(samples), tensors(features)
+    assert len(whole) == len(seen) == 3
+    index = samples.index()
     names = dict(zip(index.column("key").to_pylist(), index.column("uri").to_pylist(), strict=True))
-    bad = index.column("key").to_pylist()[1]
-    damage(cache, bad)
+    other, bad = index.column("key").to_pylist()[:2]
+    damage(samples, bad)
+    damage(features, other)
 
     job = jobs.run(root, *command, "stages=[verify]", "resume=never")
     assert job.process.returncode == 1, job.output
-    assert f"{names[bad]}: its bytes in shard" in job.output
-    assert "1 records of the cache are damaged" in job.output
+    assert all(f"{names[key]}: its bytes in shard" in job.output for key in (bad, other))
+    assert "2 records of the cache are damaged" in job.output
     assert (root / "runs" / "clips" / layout.SELECTION).exists(), "who only looks removes no run"
 
     job = jobs.run(root, *command, "stages=[verify]", "precache.repair=true")
     assert job.process.returncode == 0, job.output
     assert "3 seen, 1 encoded, 2 cached before" in job.output
-    assert tensors(cache) == whole
+    assert (tensors(samples), tensors(features)) == (whole, seen)
 
     shutil.copytree(root / "runs" / "clips", root / "runs" / "other")
     shutil.rmtree(root / "runs" / "clips")
@@ -75,5 +75,5 @@ def test_damage_is_named_mended_and_what_nobody_wants_goes(tmp_path: Path) -> No
     job = jobs.run(root, *command, "name=third", "stages=[verify,prune]")
     assert job.process.returncode == 0, job.output
     assert "every record is what was written" in job.output
-    assert tensors(cache) == {bad: whole[bad]}
+    assert (tensors(samples), tensors(features)) == ({bad: whole[bad]}, {bad: seen[bad]})
     assert json.loads((root / "runs" / "third" / "plan.json").read_text())["name"] == "third"

@@ -14,9 +14,9 @@ import pytest
 from k5dist.compose import compose, flavours, to_run_config
 from k5dist.config import ConfigError, RunConfig
 from k5dist.estimate import Recompute
-from k5dist.launch import plan_run
+from k5dist.launch import plan_run, show_plan
 from k5dist.plan import ClusterFacts, RunPlan, estimates, make_plan
-from k5dist.pools import Pool
+from k5dist.pools import STORE_SHARE, Pool, block_bytes, rows_per_block, settle_flow
 from k5dist.shapes import Bucket
 
 PRO = "+flavour=t2v-pro-sft-10s-hd"
@@ -275,3 +275,32 @@ def test_a_pool_that_no_gpu_has_room_for_is_refused() -> None:
     error = refusal(LITE, "precache.vae_workers=3", gpus=2)
     assert (error.key, error.fix) == ("precache.vae_workers", "precache.vae_workers=2")
     assert refusal(LITE, "precache.text_gpus=0", gpus=2).rule == "a worker's share of a GPU, 0 < share ≤ 1"
+
+
+def test_what_is_under_way_fits_the_object_store() -> None:
+    for store, shard, workers in ((256, 16, 1), (4096, 512, 1), (30_000, 512, 8), (300_000, 1024, 16)):
+        flow = settle_flow(store * 2**20, 357 * 2**20 if store > 1000 else 40 * 2**20, shard * 2**20, workers)
+        assert flow.bound_bytes <= STORE_SHARE * flow.store_bytes
+        assert 1 <= flow.shards <= workers
+        assert flow.bound_bytes + flow.block_bytes > STORE_SHARE * flow.store_bytes, "and no more is left over"
+    small = settle_flow(64 * 2**20, 40 * 2**20, 512 * 2**20, 4)
+    assert (small.blocks, small.shards) == (1, 1), "it goes on, by spilling"
+    assert small.bound_bytes > small.store_bytes
+
+
+def test_small_clips_share_a_block_and_large_ones_have_their_own() -> None:
+    large = planned(LITE).buckets
+    assert (rows_per_block(large), block_bytes(large)) == (1, max(3 * b.frames * b.height * b.width for b in large))
+    small = planned("+flavour=t2v-tiny", gpus=0).buckets
+    assert 1 < rows_per_block(small) <= 64
+    assert block_bytes(small) <= 16 * 2**20
+
+
+def test_the_plans_table_says_what_may_be_under_way(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = planned(LITE)
+    assert plan.flow.store_bytes == 0, "nobody has said"
+    for store, told in ((64 * 2**30, "in Ray's object stores of about 64.0 GiB"), (2**30, "MORE THAN THEY HOLD")):
+        known = dataclasses.replace(plan, world=dataclasses.replace(plan.world, store_bytes=store))
+        assert RunPlan.from_json(known.to_json()) == known
+        show_plan(known)
+        assert told in " ".join(capsys.readouterr().out.split())

@@ -119,6 +119,39 @@ def test_prune_keeps_what_a_run_was_begun_with(cache: str) -> None:
     assert layout.samples(cache).keys() == {"a", "c"}
 
 
+def add_features(cache: str, encoder: str, *keys: str, frames: int = 3) -> ShardStore:
+    store = layout.features(cache, encoder)
+    tensor = np.full((frames, 2, 3, 8), 0x3F80, np.uint16)
+    store.write([Record(key, {"features": tensor}, {"uri": f"/clips/{key}.mp4"}) for key in keys])
+    return store
+
+
+def test_features_are_held_against_their_checksums_and_their_samples_length(cache: str) -> None:
+    store, samples = add_features(cache, "dino", "a", "b", "gone"), layout.samples(cache)
+    assert list(verify(store, samples=samples)) == []
+    damage(store, "a", b"\x80\x7f", 10)
+    add_features(cache, "dino", "c", frames=2)
+    found = {bad.name: bad.reason for bad in verify(store, samples=samples)}
+    assert found.keys() == {"/clips/a.mp4", "/clips/c.mp4"}
+    assert "have changed" in found["/clips/a.mp4"]
+    assert found["/clips/c.mp4"] == "features of 2 frames, its latents have 3"
+
+
+def test_prune_keeps_the_features_of_runs_with_their_encoder(cache: str) -> None:
+    root = cache.rsplit("/cache/", 1)[0]
+    stores_ = {name: add_features(cache, name, "a", "b", "c") for name in ("dino", "other")}
+    for run, key, features_id in (("one", "a", "dino"), ("two", "b", ""), ("old", "c", None)):
+        uri = storage.join(root, "runs", run)
+        layout.write_selection(storage.join(uri, layout.SELECTION), layout.selection([key]))
+        if features_id is not None:
+            storage.publish_bytes(storage.join(uri, "plan.json"), f'{{"features_id": "{features_id}"}}'.encode())
+    for name, store in stores_.items():
+        prune(store, wanted_keys(root, name))
+    assert stores_["dino"].keys() == {"a", "c"}, "nobody knows what the oldest run wants"
+    assert stores_["other"].keys() == {"c"}
+    assert wanted_keys(root) == {"a", "b", "c"}
+
+
 def test_two_encodings_of_one_clip_live_side_by_side(tmp_path: Path) -> None:
     """Two jobs whose GPUs round differently must not write two contents under one name."""
     other = record("a", np.full(LATENT, 7, np.uint16))
