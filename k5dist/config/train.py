@@ -51,6 +51,9 @@ class TrainConfig:
             rule = "float8 products belong to a bf16 model"
             raise ConfigError("train.float8", True, rule, "train.precision=bf16 or train.float8=false")
         one_of("train.attention", self.attention, ("auto", "flash3", "flash4"))
+        if self.attention != "auto" and self.precision != "bf16":
+            rule = "FlashAttention takes bf16"
+            raise ConfigError("train.attention", self.attention, rule, "train.precision=bf16 or train.attention=auto")
         one_of("train.activation_checkpointing", self.activation_checkpointing, CHECKPOINTING)
         if self.offload_gib < 0 or (self.offload_gib and not self.compile):
             rule = "GiB of the host's memory a worker, 0 or more; only what compiled blocks keep can be moved there"

@@ -144,6 +144,12 @@ def test_self_attention_is_computed_again_only_where_it_is_not_kept(tiny_t2v: Pa
     assert calls.count((48, 5)) == (1 if recompute == "none" else 2) * len(blocks), "cross-attention is cheap"
 
 
+@pytest.mark.parametrize("version", ["flash3", "flash4"])
+def test_flash_attention_belongs_to_bf16(version: str) -> None:
+    with pytest.raises(ConfigError, match="FlashAttention takes bf16"):
+        to_run_config(compose(["+flavour=t2v-tiny", f"train.attention={version}"]))
+
+
 def test_a_missing_flash_package_is_the_users_to_install(tiny_t2v: Path) -> None:
     with pytest.raises(ConfigError, match="its package must be installed"):
         prefer_flash(our_model(tiny_t2v), "flash4")

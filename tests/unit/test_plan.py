@@ -191,12 +191,7 @@ def test_what_is_learned_changes_only_the_runs(override: str) -> None:
         *("checkpoint.every=7", "checkpoint.keep=9", "tracking.uri=http://host:5000", "tracking.experiment=other"),
         *("name=mine", "stages=[train]", "resume=never", "storage.root=/elsewhere", "validation.every=7"),
         *("parallel.replicate=2", "cluster=ray", "cluster.workers_per_node=4", "cluster.max_restarts=0"),
-        *(
-            "train.compile=false",
-            "train.attention=flash3",
-            "train.activation_checkpointing=full",
-            "precache.shard_size_mib=64",
-        ),
+        *("train.compile=false", "train.activation_checkpointing=full", "precache.shard_size_mib=64"),
     ],
 )
 def test_where_and_how_fast_changes_neither(override: str) -> None:
