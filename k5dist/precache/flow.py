@@ -65,7 +65,8 @@ class BytesUnderWay(BackpressurePolicy):
     def can_add_input(self, op: Any) -> bool:
         if op is not self.decode:
             return True
-        done = self.encode.metrics.num_tasks_finished
-        decoded = self.decode.metrics.num_tasks_submitted - done
-        encoded = done - self.write.metrics.num_task_inputs_processed
+        decode, encode, write = (operator.metrics for operator in (self.decode, self.encode, self.write))
+        # Not what was begun less what is encoded: a task whose worker dies gives nothing, and would count for ever.
+        decoded = decode.num_tasks_running + decode.num_task_outputs_generated - encode.num_task_inputs_processed
+        encoded = encode.num_task_outputs_generated - write.num_task_inputs_processed
         return decoded < self.decoded and decoded + encoded < self.decoded + self.encoded
