@@ -36,7 +36,7 @@ def tiny_nabla(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Side by side (`-n 2 --dist loadgroup`), one process takes what starts Ray, another what starts gangs of its own."""
+    """Side by side (`-n 2 --dist loadgroup`) one process takes what starts Ray, another the gangs without it."""
     for item in items:
         for group in ("cluster", "distributed"):
             if f"tests/{group}/" in item.nodeid:
