@@ -79,7 +79,7 @@ def encode_features(plan: RunPlan, rows: dict[str, dict[str, Any]], resources: d
     dataset = ray.data.from_arrow(stream.slices(table, 1)).map(
         partial(stages.decode_row, attempts=attempts),
         compute=ray.data.TaskPoolStrategy(plan.pools.decode_tasks),
-        **flow.decode_resources(under_way),
+        **flow.decode_resources(under_way, pool),
     )
     dataset = dataset.map(
         FeatureStage,  # type: ignore[arg-type]  (Ray Data's map takes classes, its annotation functions)

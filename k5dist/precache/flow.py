@@ -21,7 +21,8 @@ from ray.data._internal.execution.backpressure_policy import (
 from ray.data._internal.execution.backpressure_policy.backpressure_policy import BackpressurePolicy
 from ray.data._internal.execution.operators.map_operator import MapOperator
 
-from k5dist.pools import Flow, settle_flow
+from k5dist.pools import Flow, Pool, settle_flow
+from k5dist.precache.stream import core
 
 _COPIES = 3  # of a block's pixels in a decoding process: frames, the row, the block made of it
 _PROCESS_BYTES = 160 * 2**20  # of one without pixels
@@ -34,13 +35,13 @@ def measured(block_bytes: int, shard_bytes: int, workers: int) -> Flow:
     return settle_flow(store, block_bytes, shard_bytes, workers)
 
 
-def decode_resources(flow: Flow) -> dict[str, Any]:
-    """What a decoding task asks Ray for: a core, and its process's memory, so that as many run as a node can hold.
+def decode_resources(flow: Flow, pool: Pool) -> dict[str, Any]:
+    """What a decoding task beside `pool` asks Ray for.
 
-    To ask for other things than the encoders also keeps Ray Data from putting both into one process, one after another.
+    A core, and its process's memory, so that as many run as a node can hold. To ask for other things than the encoders also keeps Ray Data from putting both into one process, one after another.
     """
     least = min(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
-    return {"num_cpus": 1, "memory": max(1, min(_PROCESS_BYTES + _COPIES * flow.block_bytes, int(least) // 2))}
+    return {"num_cpus": core(pool), "memory": max(1, min(_PROCESS_BYTES + _COPIES * flow.block_bytes, int(least) // 2))}
 
 
 def bound(dataset: ray.data.Dataset, flow: Flow, blocks_per_shard: int) -> ray.data.Dataset:

@@ -230,7 +230,7 @@ def _clip_dataset(plan: RunPlan, todo: dict[str, dict[str, Any]], groups: list[o
     dataset = ray.data.from_arrow(stream.slices(table, rows)).map(
         partial(stages.decode_row, attempts=attempts),
         compute=ray.data.TaskPoolStrategy(plan.pools.decode_tasks),
-        **flow.decode_resources(under_way),
+        **flow.decode_resources(under_way, pool),
     )
     dataset = dataset.map(
         stages.VaeStage,  # type: ignore[arg-type]  (Ray Data's map takes classes, its annotation functions)

@@ -7,6 +7,7 @@ straddle two groups: then batch n is group n. `one_group` checks it all the same
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -81,4 +82,11 @@ def _readable(error: BaseException | None) -> BaseException | None:
 
 def resources(pool: Pool) -> dict[str, Any]:
     """What one worker of a pool asks Ray for."""
-    return {"num_gpus": pool.gpus, "num_cpus": 0} if pool.gpus else {"num_cpus": 1}
+    return {"num_gpus": pool.gpus, "num_cpus": 0} if pool.gpus else {"num_cpus": core(pool)}
+
+
+def core(pool: Pool) -> float:
+    """A CPU core, or less where the cluster has too few for all of a pool's workers and a decoder: they would wait for
+    one another for ever."""
+    cores, sharers = ray.cluster_resources().get("CPU", 0), 1 + (0 if pool.gpus else pool.workers)
+    return 1 if cores >= sharers else math.floor(90 * cores / sharers) / 100
