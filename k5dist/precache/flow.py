@@ -38,7 +38,8 @@ def measured(block_bytes: int, shard_bytes: int, workers: int) -> Flow:
 def decode_resources(flow: Flow, pool: Pool) -> dict[str, Any]:
     """What a decoding task beside `pool` asks Ray for.
 
-    A core, and its process's memory, so that as many run as a node can hold. To ask for other things than the encoders also keeps Ray Data from putting both into one process, one after another.
+    A core, and its process's memory, so that as many run as a node can hold. To ask for other things than the encoders
+    also keeps Ray Data from putting both into one process, one after another.
     """
     least = min(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
     return {"num_cpus": core(pool), "memory": max(1, min(_PROCESS_BYTES + _COPIES * flow.block_bytes, int(least) // 2))}
