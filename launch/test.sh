@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Sets up what the tests need and runs them. Arguments go to pytest:
 #   ./launch/test.sh tests/unit -k plan
-#   ./launch/test.sh -n 2 --dist loadgroup     # side by side, as CI does
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/setup.sh

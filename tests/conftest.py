@@ -32,12 +32,3 @@ def tiny_i2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_nabla(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _checkpoint(tmp_path_factory.mktemp("tiny") / "nabla", "t2v", NABLA)
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Side by side (`-n 2 --dist loadgroup`) one process takes what starts Ray, another the gangs without it."""
-    for item in items:
-        for group in ("cluster", "distributed"):
-            if f"tests/{group}/" in item.nodeid:
-                item.add_marker(pytest.mark.xdist_group(group))
