@@ -18,14 +18,9 @@ COMMAND = (
 SOON = {f"health_check_{name}_ms": 1000 for name in ("initial_delay", "period", "timeout")}
 
 
-@pytest.mark.parametrize(
-    "nodes",
-    [
-        2,
-        # Twelve starts of a worker, each seconds of importing torch, on the two cores that CI has: minutes.
-        pytest.param(4, marks=[pytest.mark.slow, pytest.mark.timeout(2400)]),
-    ],
-)
+# Six or twelve starts of a worker, each seconds of importing torch, on the two cores that CI has: minutes.
+@pytest.mark.slow
+@pytest.mark.parametrize("nodes", [2, pytest.param(4, marks=pytest.mark.timeout(2400))])
 def test_a_lost_node_is_replaced_and_the_losses_are_the_same(
     nodes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

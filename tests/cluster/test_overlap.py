@@ -95,6 +95,7 @@ def losses_of(root: Path, crop: str) -> dict[int, float]:
     return jobs.losses(root, run.info.run_id)
 
 
+@pytest.mark.slow  # two drivers, each with a training
 def test_what_fails_ahead_fails_at_its_own_turn(address: str, tmp_path: Path) -> None:
     """At 6 frames a second every clip is too short."""
     where = (f"cluster.address={address}", "cluster.overlap=true", "train.steps=100000")

@@ -23,6 +23,7 @@ MISSING = [name for name in ("ip", "unshare", "nsenter") if shutil.which(name) i
 
 pytestmark = [
     pytest.mark.cluster,
+    pytest.mark.slow,  # two Rays and two trainings
     pytest.mark.timeout(900),
     pytest.mark.skipif(bool(MISSING), reason=f"missing: {', '.join(MISSING)} (Debian: iproute2 util-linux)"),
     pytest.mark.skipif(os.getuid() != 0, reason="name spaces need root"),
