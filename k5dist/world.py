@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from k5dist.config import ConfigError, RunConfig
 
@@ -30,7 +30,8 @@ class World:
     shard: int
     replicate: int
     context: int
-    store_bytes: int = 0  # of Ray's object stores, all nodes'; 0: not known
+    # Of Ray's object stores, all nodes'; 0: not known. No two machines say the same, and the world is what it is.
+    store_bytes: int = field(default=0, compare=False)
 
     @property
     def size(self) -> int:

@@ -175,7 +175,7 @@ def test_what_waits_on_the_host_is_not_on_the_gpu() -> None:
 def test_workers_that_share_a_clip_hold_their_share_of_its_tokens() -> None:
     alone, shared = (predict(*PRO, f"parallel.context={n}", recompute=Recompute(4, 9)) for n in (1, 2))
     assert shared.kept == pytest.approx(alone.kept / 2)
-    assert shared.working == pytest.approx((6.6 + 16) * UNIT / 2), "and buffers to swap tokens for heads"
+    assert shared.working == pytest.approx((6.6 + 4) * UNIT / 2), "and buffers to swap tokens for heads"
     assert (shared.weights, shared.optimizer, shared.gathered) == (alone.weights, alone.optimizer, alone.gathered)
     odd = predict(*DENSE, "data.num_frames=1", "parallel.context=32", gpus=32)  # 1,536 tokens
     assert odd.kept == 60 * 48 * 4096 * 2
