@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 import urllib.error
 import urllib.request
 import uuid
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 DEFAULT_DASHBOARD = "http://127.0.0.1:8265"
-_ANSWER_SECONDS = 10
+_ANSWER_SECONDS, _AGENT_SECONDS = 10, 30
 # `ray job stop` kills what has not ended three seconds after SIGTERM; a checkpoint takes longer.
 _STOP_SECONDS = {"RAY_JOB_STOP_WAIT_TIME_S": "900"}
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
@@ -84,6 +85,19 @@ def environment(config: RunConfig) -> dict[str, str]:
     return {name: os.environ[name] for name in config.cluster.pass_env} | _STOP_SECONDS
 
 
+def _hand_over(client: JobSubmissionClient, **job: Any) -> None:
+    """A cluster that has just begun has a dashboard, and for some seconds no agent that starts jobs."""
+    until = time.monotonic() + _AGENT_SECONDS
+    while True:
+        try:
+            client.submit_job(**job)
+            return
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > until:
+                raise
+        time.sleep(1)
+
+
 def submit(plans: Sequence[RunPlan], sweep: str | None = None) -> Job:
     """One job that takes these runs one after another.
 
@@ -104,7 +118,8 @@ def submit(plans: Sequence[RunPlan], sweep: str | None = None) -> Job:
             names = [f"run-{at:03d}.json" for at in range(len(plans))]
             for name, plan in zip(names, plans, strict=True):
                 (Path(folder) / name).write_text(json.dumps(configuration(plan), indent=1))
-            client.submit_job(
+            _hand_over(
+                client,
                 # exec: signals reach it and not a shell.
                 entrypoint=f"exec python -m k5dist.launch --resolved {' '.join(names)}",
                 submission_id=job.job_id,

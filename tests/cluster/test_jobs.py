@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,12 @@ def dashboard() -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", str(Path(sys.executable).parent), prepend=":")  # jobs say `python`
         patch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": True})
+        # A port of its own: by default the agent that starts jobs listens where another Ray's may do so already.
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            port = taken.getsockname()[1]
+        head = {"num_cpus": 4, "include_dashboard": True, "dashboard_agent_listen_port": port}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
             assert cluster.head_node is not None
             yield f"http://{cluster.head_node.webui_url}"
