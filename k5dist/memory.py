@@ -47,8 +47,8 @@ ATTENTION_UNITS = 1  # the output of self-attention; arithmetic
 EAGER_FACTOR = 1.6  # without fusion fp32 intermediates stand in memory; an assumption for both of the above
 STAGED_BLOCKS = 2  # whose kept tensors are on their way to the host or back
 HOST_SHARE = 0.9  # of the host's page-locked memory that pieces of any size fill
-# Where workers swap tokens for heads: what is sent and received of queries, keys, values and the output. With it a step
-# of Pro at 241×768×1280 on two H200 was predicted within 1% (115.1 GiB).
+# Where workers swap tokens for heads: what is sent and received of queries, keys, values and the output. Set by a
+# step of Pro at 241×768×1280 on two H200, which took 115.1 GiB; with 4 its prediction is 116.
 ALL_TO_ALL_UNITS = 4
 FORWARD_UNITS = 12  # of a forward that keeps nothing (sampling validation videos); an assumption
 
