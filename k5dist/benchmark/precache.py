@@ -7,7 +7,8 @@ tiny ones. A second pass over the finished cache tells what a run without news c
 What is counted: samples a second and the share of its time that the VAE's pool is at work, from the first beginning to
 the last end, with decoding beside it. Then, on CPUs and with clips as small as can be, what the pipeline itself costs:
 CPU seconds of all processes, of which those are no part that probing, decoding and encoding take by themselves. CPU
-seconds, and as a slope while work goes on: other work on the machine and starting processes do not count.
+seconds, and as what many clips take more than a fifth of them: other work on the machine and starting processes do not
+count.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 import time
-import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -137,56 +138,71 @@ def measure(plan: RunPlan, count: int) -> dict[str, Any]:
 def measure_overhead(root: Path, clips: int, overrides: list[str]) -> dict[str, float]:
     """CPU milliseconds a sample of everything, and of its parts alone; Ray must be initialised.
 
-    The slope of CPU seconds over samples, from the first to the last sign of progress of each phase.
+    Two precaches, one of a fifth of the clips: what the second takes more is the samples' and no start's.
     """
-    from k5dist.precache import pipeline
-
-    manifest = make_clips(root / "clips", clips, SMALL_SHAPE)
-    plan = plan_for(root, manifest, SMALL_SHAPE, [f"precache.shard_size_mib={SMALL_SHARD_MIB}", *overrides])
-    make_checkpoint(Path(storage.normalise(plan.config.pretrained)), plan.config, full=False)
-    usage, shown = _CpuUsage(), pipeline.progress_bar
-    pipeline.progress_bar = usage.progress_bar  # type: ignore[assignment]
-    try:
-        summary = pipeline.precache(plan, pipeline.check_source(plan))
-    finally:
-        pipeline.progress_bar = shown
-    assert summary.total("encoded") == clips, summary.rows()
-    total = 1e3 * (usage.slope("probe") + usage.slope("clips"))
-    alone = _stages_alone(plan, min(clips, 200))
+    plans = [_small_plan(root / str(count), count, overrides) for count in (clips // 5, clips)]
+    spent = [_cpu_seconds_of(plan, count) for plan, count in zip(plans, (clips // 5, clips), strict=True)]
+    total = 1e3 * (spent[1] - spent[0]) / (clips - clips // 5)
+    alone = _stages_alone(plans[1], min(clips, 1000))
     return {"total_cpu_ms": total, **alone, "pipeline_cpu_ms": total - sum(alone.values())}
 
 
+def _small_plan(root: Path, clips: int, overrides: list[str]) -> RunPlan:
+    manifest = make_clips(root / "clips", clips, SMALL_SHAPE)
+    plan = plan_for(root, manifest, SMALL_SHAPE, [f"precache.shard_size_mib={SMALL_SHARD_MIB}", *overrides])
+    make_checkpoint(Path(storage.normalise(plan.config.pretrained)), plan.config, full=False)
+    return plan
+
+
+def _cpu_seconds_of(plan: RunPlan, clips: int) -> float:
+    from k5dist.precache.pipeline import check_source, precache
+
+    with _CpuUsage() as usage:
+        summary = precache(plan, check_source(plan))
+    assert summary.total("encoded") == clips, summary.rows()
+    return usage.seconds
+
+
 class _CpuUsage:
-    """CPU seconds of this process and of all that were ever seen below it, at each sign of progress."""
+    """CPU seconds of this process and of all below it while its `with` lasts, but for what looking at them takes.
+
+    What ends in between keeps what it was last seen to have used.
+    """
+
+    _SECONDS = 0.5  # between looks
 
     def __init__(self) -> None:
-        self.marks: dict[str, list[tuple[int, float]]] = {}
-        self._seconds: dict[tuple[int, float], float] = {}  # by process; what has ended keeps its last
+        self.seconds = 0.0
+        self._used: dict[tuple[int, float], float] = {}  # by process
+        self._over = threading.Event()
+        self._own = 0.0
+        self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    @contextlib.contextmanager
-    def progress_bar(self, what: str, _: int) -> Iterator[Any]:
-        marks = self.marks.setdefault(what, [])
+    def __enter__(self) -> Self:
+        self._look()
+        self.seconds = -sum(self._used.values())
+        self._thread.start()
+        return self
 
-        def advance(count: int) -> None:
-            marks.append(((marks[-1][0] if marks else 0) + count, self.total()))
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self._look()
+        self.seconds += sum(self._used.values()) - self._own
 
-        yield types.SimpleNamespace(advance=advance)
+    def _watch(self) -> None:
+        while not self._over.wait(self._SECONDS):
+            self._look()
+        self._own = time.thread_time()
 
-    def total(self) -> float:
+    def _look(self) -> None:
         import psutil
 
         here = psutil.Process()
         for process in [here, *here.children(recursive=True)]:
             with contextlib.suppress(psutil.Error):
                 times = process.cpu_times()
-                self._seconds[process.pid, process.create_time()] = times.user + times.system
-        return sum(self._seconds.values())
-
-    def slope(self, what: str) -> float:
-        """Seconds a sample."""
-        (first, began), (last, ended) = self.marks[what][0], self.marks[what][-1]
-        assert last > first, f"{what}: too few samples to see progress"
-        return (ended - began) / (last - first)
+                self._used[process.pid, process.create_time()] = times.user + times.system
 
 
 def _stages_alone(plan: RunPlan, count: int) -> dict[str, float]:
@@ -224,7 +240,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
     parser.add_argument("--clips", type=int, help="default: 96 a GPU, 64 without one; 0: none")
-    parser.add_argument("--small-clips", type=int, default=1000, help="for the pipeline's own part; 0: none")
+    parser.add_argument("--small-clips", type=int, default=6000, help="for the pipeline's own part; 0: none")
     parser.add_argument("--shape", type=int, nargs=3, metavar=("T", "H", "W"))
     parser.add_argument("overrides", nargs="*", help="configuration, as of k5dist.launch: precache.vae_gpus=0.5")
     arguments = parser.parse_args(argv)

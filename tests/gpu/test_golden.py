@@ -22,6 +22,7 @@ pytestmark = [
 GOLDEN = Path(__file__).parent.parent / "golden" / "losses"
 REPOSITORY = Path(k5dist.__file__).parent.parent
 RTOL = 2e-3  # other versions of cuDNN and cuBLAS sum in other orders
+NABLA_RTOL = 5e-3  # and tip blocks that lie near the map's threshold
 RUN = ("benchmark.blocks=2", "benchmark.warmup=1", "benchmark.steps=19", "benchmark.profile=false")
 RUN += ("data.num_frames=17", "data.resolution=[256,384]", "benchmark.density=0.4", "benchmark.text_tokens=77")
 RUN += ("model.attention_wT=1", "model.attention_wH=1", "model.attention_wW=1")  # 30 blocks: HD's window holds them all
@@ -58,7 +59,8 @@ def test_twenty_steps_give_the_golden_losses(tmp_path: Path, name: str) -> None:
         device = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
         golden.write_text(json.dumps({**device, "losses": found}, indent=1) + "\n")
     assert len(found) == 20
-    assert found == pytest.approx(json.loads(golden.read_text())["losses"], rel=RTOL)
+    rtol = NABLA_RTOL if "nabla" in name else RTOL
+    assert found == pytest.approx(json.loads(golden.read_text())["losses"], rel=rtol)
 
 
 def test_float8_follows_bf16(tmp_path: Path) -> None:
