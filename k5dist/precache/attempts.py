@@ -43,7 +43,8 @@ class Attempts:
         """Why this row must not be tried again, if so."""
         if not self._task().begun_before:
             return None
-        deaths: Any = 1 + ray.get(self._actor.begin.remote(self._work(stage, row)))
+        begun: Any = ray.get(self._actor.begin.remote(self._work(stage, row)))
+        deaths = 1 + begun  # of those that it is counted for, and the one that nobody knows whose it was
         if deaths < MAX_DEATHS:
             return None
         return f"its worker died {deaths} times (killed, out of memory, or a fault in a codec)"
