@@ -252,9 +252,11 @@ def run_plan(plan: RunPlan, resolved_yaml: str, sweep_name: str | None = None, f
     from k5dist.precache.pipeline import PrecacheError, check_source
     from k5dist.precache.sources import Listing
     from k5dist.precache.upkeep import CacheDamaged
+    from k5dist.train.feed import refuse_featureless
 
     fit.refuse_unfinished(plan)
     refuse_second(plan.run_uri)
+    refuse_featureless(plan)
     source = check_source(plan) if plan.config.prepares else Listing.of(())
     sweep.check_store(plan)
     if plan.config.resume == "never" and plan.config.needs_gpu:

@@ -12,6 +12,8 @@ from k5dist.schema import ConfigError, check_names, one_of, positive
 OPTIMIZERS = ("adamw", "adamw_bf16", "adamw_8bit", "adamw_schedulefree", "adafactor", "prodigy", "muon")
 # Of the blocks' attention and feed-forward layers, adapters' among them; what is no matrix is told by its shape.
 _MATRIX = re.compile(r"_transformer_blocks\.\d+\.((self|cross)_attention|feed_forward)\..*weight$")
+# A fresh LoRA's B is zero and counts as 1e-3 there: with a rate made for AdamW it would move by 1e-7 a step.
+MIN_RELATIVE_LR = 1e-3
 _GROUP_KEYS = ("match", "lr_scale", "weight_decay")
 
 
@@ -64,6 +66,10 @@ class OptimizerConfig:
             if any(group.lr_scale != 1 for group in rules):
                 rule = "Prodigy finds one step size for all weights: no lr_scale but 1"
                 raise ConfigError("optimizer.groups", list(self.groups), rule, "optimizer.kind=adamw")
+        if self.kind == "adafactor" and self.adafactor_relative_lr and self.lr < MIN_RELATIVE_LR:
+            rule = f"with adafactor_relative_lr a share of each weight's root mean square, {MIN_RELATIVE_LR:g} or more"
+            fix = "optimizer.lr=1e-2, or optimizer.adafactor_relative_lr=false"
+            raise ConfigError("optimizer.lr", self.lr, rule, fix)
         if self.kind == "adamw_schedulefree":
             if self.schedule != "constant":
                 rule = "a schedule-free optimiser averages its weights in place of a falling rate"

@@ -22,7 +22,7 @@ MAX_DEATHS = 3
 
 @dataclasses.dataclass
 class _Task:
-    """What this process works on now, of one `Attempts`."""
+    """What this process works on now, of one `Attempts`: a task, or in an actor all that it does."""
 
     id: str
     begun_before: bool
@@ -44,10 +44,9 @@ class Attempts:
         if not self._task().begun_before:
             return None
         begun: Any = ray.get(self._actor.begin.remote(self._work(stage, row)))
-        deaths = 1 + begun  # of those that it is counted for, and the one that nobody knows whose it was
-        if deaths < MAX_DEATHS:
+        if 1 + begun < MAX_DEATHS:  # with the death that nobody knows whose it was
             return None
-        return f"its worker died {deaths} times (killed, out of memory, or a fault in a codec)"
+        return f"its worker died {MAX_DEATHS} times (killed, out of memory, or a fault in a codec)"
 
     def end(self, stage: str, row: dict[str, Any]) -> None:
         if self._task().begun_before:
@@ -55,8 +54,9 @@ class Attempts:
 
     def _task(self) -> _Task:
         """The task that runs here; that it has begun is told, with the end of the one before. A task that is started
-        again keeps its id."""
-        now, last = str(ray.get_runtime_context().get_task_id()), _TASKS.get(self._id)
+        again keeps its id, and so does an actor, whose tasks run on threads that know no task's."""
+        context, last = ray.get_runtime_context(), _TASKS.get(self._id)
+        now = str(context.get_actor_id() or context.get_task_id())
         if last is None or last.id != now:
             before: Any = ray.get(self._actor.begin.remote(now, last.id if last else None))
             last = _TASKS[self._id] = _Task(now, bool(before))

@@ -80,7 +80,8 @@ def precache(plan: RunPlan, listing: Listing) -> Summary:
             ray.get(ray.remote(**stream.resources(plan.pools.vae))(encode_images).remote(plan, plan.world.device))
     except BaseException as error:
         if not isinstance(error, StorageUnavailable):  # the ledger would only wait for it once more
-            _write_ledger(plan, listing, summary)
+            # What was not come to keeps what is said of it.
+            write_ledger(plan.cache_uri, summary.failures, {failure.uri for failure in summary.failures})
         raise
     _write_ledger(plan, listing, summary)
     _check_failures(plan.config, summary)

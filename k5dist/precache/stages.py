@@ -258,13 +258,16 @@ def _write_samples(table: pa.Table, cache_uri: str) -> None:
         layout.samples(cache_uri).write(records)
 
 
-def write_captions(table: pa.Table, *, cache_uri: str, encoding: layout.TextEncoding) -> pa.Table:
+def write_captions(
+    table: pa.Table, *, cache_uri: str, encoding: layout.TextEncoding, attempts: Attempts | None = None
+) -> pa.Table:
     table = one_group(table)
-    records = [
-        Record(row["key"], _arrays(row), {"caption": row["caption"], "text_length": row["shapes"][0][0]})
-        for row in table.to_pylist()
-    ]
-    layout.captions(cache_uri, encoding).write(records)
+    with _bounded(attempts, "write", table.column("key").to_pylist(), "precache.shard_size_mib"):
+        records = [
+            Record(row["key"], _arrays(row), {"caption": row["caption"], "text_length": row["shapes"][0][0]})
+            for row in table.to_pylist()
+        ]
+        layout.captions(cache_uri, encoding).write(records)
     return table.select(["key"])
 
 

@@ -67,16 +67,17 @@ def encode_captions(plan: RunPlan, encoding: layout.TextEncoding, texts: list[st
     todo = sum(key is not None for group in groups for key in group)
     device, pool = plan.world.device, plan.pools.text
     table, length = stream.grouped({key: {"key": key, **row} for key, row in rows.items()}, groups, multiple=batch)
+    attempts = Attempts()
     dataset = ray.data.from_arrow(stream.slices(table, batch)).map_batches(
         stages.TextStage,
         batch_size=batch,
-        fn_constructor_args=(plan.pretrained, device, encoding, Attempts(), config.offload_during_startup),
+        fn_constructor_args=(plan.pretrained, device, encoding, attempts, config.offload_during_startup),
         # No more workers than they have batches: each loads 15 GiB of weights.
         compute=ray.data.ActorPoolStrategy(size=min(pool.workers, -(-table.num_rows // batch))),
         **stream.resources(pool),
     )
     dataset = dataset.map_batches(
-        partial(stages.write_captions, cache_uri=plan.cache_uri, encoding=encoding),
+        partial(stages.write_captions, cache_uri=plan.cache_uri, encoding=encoding, attempts=attempts),
         batch_format="pyarrow",
         batch_size=length,
         num_cpus=0.25,

@@ -162,12 +162,7 @@ def _order_of(plan: RunPlan, stores: Stores) -> Order:
     order, stages = Order.read(plan.run_uri), list(plan.config.stages)
     if order is None:
         raise ConfigError("stages", stages, "the run has no list of its samples", _FIX)
-    featureless = order.featureless if order.feature_dim else order.rows
-    if plan.features_id and featureless:
-        encoder = f"{plan.config.crepa.encoder} at {plan.config.crepa.encoder_size}"
-        rule = f"{featureless} of the run's {order.rows} samples have no features of {encoder} in the cache"
-        fix = "run with precache among the stages: it adds features alone; or crepa.enabled=false"
-        raise ConfigError("crepa.enabled", True, rule, fix)
+    _check_features(plan, order)
     if list(order.generations) != stores.generations:
         rule = f"records were taken out of the cache since the run noted where its samples lie ({ORDER})"
         raise ConfigError("stages", stages, rule, _FIX)
@@ -175,6 +170,22 @@ def _order_of(plan: RunPlan, stores: Stores) -> Order:
         rule = f"{order.missing} of the run's {order.rows} samples are not in its cache {plan.cache_uri}"
         raise ConfigError("stages", stages, rule, _FIX)
     return order
+
+
+def refuse_featureless(plan: RunPlan) -> None:
+    """Raises ConfigError, before anything starts, where CREPA would find no features and no stage adds them."""
+    order = None if plan.config.prepares or "train" not in plan.config.stages else Order.read(plan.run_uri)
+    if order is not None:
+        _check_features(plan, order)
+
+
+def _check_features(plan: RunPlan, order: Order) -> None:
+    featureless = order.featureless if order.feature_dim else order.rows
+    if plan.features_id and featureless:
+        encoder = f"{plan.config.crepa.encoder} at {plan.config.crepa.encoder_size}"
+        rule = f"{featureless} of the run's {order.rows} samples have no features of {encoder} in the cache"
+        fix = "run with precache among the stages: it adds features alone; or crepa.enabled=false"
+        raise ConfigError("crepa.enabled", True, rule, fix)
 
 
 def pinned(tensors: dict[str, Tensor], pin: bool) -> dict[str, Tensor]:

@@ -32,7 +32,10 @@ class TrainStep:
     texts: TextStore | None  # for captions that are dropped; None where none ever is
 
     def __post_init__(self) -> None:
-        self.parameters = list(trainable_parameters(self.transformer).values())
+        # What a rule of `optimizer.groups` freezes must not shrink the others' gradients when they are clipped.
+        groups = self.optimiser.param_groups
+        frozen = {id(p) for group in groups if not group.get("lr_scale", 1) for p in group["params"]}
+        self.parameters = [p for p in trainable_parameters(self.transformer).values() if id(p) not in frozen]
         names = [dataset.name for dataset in self.plan.config.datasets]
         self.places = {name: i for i, name in enumerate(names)} if len(names) > 1 else {}
         self.of_dataset: dict[str, float] = {}  # mean losses of the last step's datasets, where a run has several

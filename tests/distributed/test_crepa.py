@@ -1,11 +1,14 @@
 """CREPA on several workers: one alignment, however the clip's tokens and the head's weights are shared."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from k5dist import export, storage
 from k5dist.cache import layout
+from k5dist.config import ConfigError
+from k5dist.train.feed import refuse_featureless
 from tests.distributed.gangs import Gang, assert_close, make_run, select, train
 from tests.distributed.test_context import NABLA, STEPS
 from tests.distributed.test_tread import check_same
@@ -51,6 +54,10 @@ def test_a_cache_without_features_is_refused(tmp_path: Path, tiny_t2v: Path) -> 
     plan = make_run(tmp_path, tiny_t2v, "none", "train.steps=1", *ON)
     storage.remove(layout.features(plan.cache_uri, plan.features_id).uri)
     select(plan, layout.read_selected(storage.join(plan.run_uri, layout.SELECTION)))
+    before = dataclasses.replace(plan, config=dataclasses.replace(plan.config, stages=("train",)))
+    with pytest.raises(ConfigError, match="have no features"):  # by the launcher, before anything starts
+        refuse_featureless(before)
+    refuse_featureless(dataclasses.replace(plan, config=dataclasses.replace(plan.config, stages=("precache", "train"))))
     result = Gang(plan).result()
     (error,) = result.events("config_error")
     assert result.status != 0

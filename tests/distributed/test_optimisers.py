@@ -189,8 +189,14 @@ def test_one_worker_goes_on_from_two(kind: str, on_two: tuple[Path, dict[str, di
 FULL = ("adapter=full", "checkpoint.every=4", "checkpoint.keep=2", "stages=[train,validate]", "data.held_out=0.2")
 FULL += ("validation.every=4", "validation.prompts=[]", "validation.timesteps=2")
 RUNS = {
-    "ema": ("ema.enabled=true", "ema.decay=0.5", "ema.update_after=1", "optimizer.lr=3e-3"),
-    "schedulefree": ("optimizer.kind=adamw_schedulefree", "optimizer.lr=3e-3"),
+    "ema": (
+        *("ema.enabled=true", "ema.decay=0.5", "ema.update_after=1", "ema.device=host", "optimizer.lr=3e-3"),
+        *("train.timestep_sampling=uniform", "train.loss_weighting=cosmap", "train.timestep_shift=3"),
+    ),
+    "schedulefree": (
+        *("optimizer.kind=adamw_schedulefree", "optimizer.lr=3e-3", "train.timestep_sampling=beta"),
+        "optimizer.groups=[{match:cross_attention,lr_scale:0.5},{match:modulation,weight_decay:0}]",
+    ),
     "muon": (
         *("optimizer.kind=muon", "optimizer.lr=3e-3", "train.timestep_stratified=true", "train.timestep_sampling=mode"),
         *("train.timestep_shift=resolution", "train.timestep_shift_reference=[61,64,96]", "train.loss=huber"),
@@ -208,6 +214,20 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(root: Path, tiny_t2v: Path) -> dict[str, tuple[RunPlan, Result]]:
     plans = [make_run(root, tiny_t2v, name, *FULL, *settings) for name, settings in RUNS.items()]
     return dict(zip(RUNS, zip(plans, train_runs(*plans), strict=True), strict=True))
+
+
+def test_what_a_rule_freezes_counts_for_no_norm(root: Path, tiny_t2v: Path) -> None:
+    """Of the first step, taken at the same weights: what is frozen in one run and what is in the other make up all."""
+    settings = ("adapter=full", "train.steps=1", "data.held_out=0", "stages=[train]", "validation.every=0")
+    rules = {"all": "[]", "attention": "[{match:attention,lr_scale:0}]"}
+    rules["others"] = "[{match:attention,lr_scale:1},{match:'.',lr_scale:0}]"
+    plans = [
+        make_run(root, tiny_t2v, f"frozen-{name}", *settings, f"optimizer.groups={rule}", workers=2)
+        for name, rule in rules.items()
+    ]
+    whole_norm, without, alone = (train_runs(plan)[0].norms[1] for plan in plans)
+    assert 0 < without < whole_norm and 0 < alone < whole_norm
+    assert without**2 + alone**2 == pytest.approx(whole_norm**2, rel=1e-4)
 
 
 def validation_losses(result: Result) -> dict[int, float]:

@@ -130,6 +130,7 @@ BROKEN: list[tuple[list[str], str, Any, str]] = [
     (["cluster.max_restarts=-1"], "cluster.max_restarts", -1, "≥ 0"),
     (["validation.every=-1"], "validation.every", -1, "≥ 0"),
     (["validation.guidance=0.5"], "validation.guidance", 0.5, "≥ 1"),
+    (["optimizer.kind=adafactor", "optimizer.lr=1e-4"], "optimizer.lr", 1e-4, "root mean square, 0.001 or more"),
     # Shares and probabilities.
     (["data.held_out=1"], "data.held_out", 1, "< 1"),
     (["data.held_out=-0.1"], "data.held_out", -0.1, "0 ≤"),
