@@ -313,6 +313,6 @@ def _package_path(uri: str) -> str:
     package, _, rest = uri.removeprefix(PACKAGE_SCHEME).partition("/")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        fix = "pip install 'k5dist[quickstart]' (for the embedded footage)"
+        fix = "pip install -e '.[quickstart]' in the clone (for the embedded footage)"
         raise ConfigError("data.source", uri, f"needs the package {package}, which is not installed", fix)
     return str(Path(next(iter(spec.submodule_search_locations))) / rest)

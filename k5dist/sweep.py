@@ -92,7 +92,7 @@ def multirun(arguments: list[str], plan: Planner, prepare: Planner, run: Run) ->
         return submission.submit_each(sweep.plans, sweep.overrides, named_parent(sweep.identity, sweep.name))
     if cluster.kind == "slurm":
         if cluster.dry_run:
-            sys.stdout.writelines(job.script for job in slurm.sweep_jobs(sweep.name, sweep.plans, sweep.overrides))
+            sys.stdout.write(slurm.printed(slurm.sweep_jobs(sweep.name, sweep.plans, sweep.overrides)))
             return 0
         for line in submit_array(sweep):
             say(line)

@@ -140,20 +140,20 @@ def follow(job: Job) -> int:
     client = connect(job.dashboard)
     try:
         asyncio.run(_show(client, job.job_id))
+        status, info = client.get_job_status(job.job_id), client.get_job_info(job.job_id)
     except KeyboardInterrupt:
         say(f"the job goes on. {_how_to(job)}")
         return EXIT_INTERRUPTED
     except Exception as error:
         say(f"the job's output does not come any more ({one_line(error)}). {_how_to(job)}")
         return EXIT_FAILED
-    status = client.get_job_status(job.job_id)
     if status.value == "SUCCEEDED":
         return 0
     if any(record.state == "stopped" for uri in job.run_uris if (record := read_record(uri)) is not None):
         say("stopped; the same command goes on from the newest checkpoint")
         return EXIT_INTERRUPTED
     _mark_unbegun(job)
-    sys.stderr.write(f"job {job.job_id}: {status.value}: {client.get_job_info(job.job_id).message}\n")
+    sys.stderr.write(f"job {job.job_id}: {status.value}: {info.message}\n")
     return EXIT_FAILED
 
 

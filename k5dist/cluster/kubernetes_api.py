@@ -36,7 +36,7 @@ class Api:
             from kubernetes import client
         except ImportError as error:
             rule = "submitting to Kubernetes needs its Python client"
-            raise ConfigError("cluster", "kubernetes", rule, "pip install 'k5dist[kubernetes]'") from error
+            raise ConfigError("cluster", "kubernetes", rule, "pip install -e '.[kubernetes]' in the clone") from error
         self.kubernetes, self.namespace = kubernetes, kubernetes.namespace
         configuration = _configuration(kubernetes)
         configuration.retries = 1

@@ -177,12 +177,23 @@ def submit(scripts: Sequence[SlurmJob]) -> tuple[list[str], list[str]]:
     return numbers, said
 
 
+def printed(scripts: Sequence[SlurmJob]) -> str:
+    """One script as it is; several each below a line that says how it is submitted, which keeps sbatch from taking them
+    for one."""
+    if len(scripts) == 1:
+        return scripts[0].script
+    pieces = []
+    for number, job in enumerate(scripts, start=1):
+        after = f" --dependency=afterok:<job {number - 1}> --kill-on-invalid-dep=yes" if job.after_previous else ""
+        pieces.append(f"# {number} of {len(scripts)}, {job.name}: sbatch{after}\n{job.script}")
+    return "\n".join(pieces)
+
+
 def submit_run(plan: RunPlan, overrides: Sequence[str]) -> int:
     """Hand the same command to Slurm, or print it (`cluster.dry_run`); it runs `launch` again inside its allocation."""
     made = jobs(plan, overrides)
     if plan.config.cluster.dry_run:
-        for job in made:
-            sys.stdout.write(job.script)
+        sys.stdout.write(printed(made))
         return 0
     refuse_second(plan.run_uri, everywhere=True)
     numbers, lines = submit(made)

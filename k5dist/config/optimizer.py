@@ -67,8 +67,9 @@ class OptimizerConfig:
                 rule = "Prodigy finds one step size for all weights: no lr_scale but 1"
                 raise ConfigError("optimizer.groups", list(self.groups), rule, "optimizer.kind=adamw")
         if self.kind == "adafactor" and self.adafactor_relative_lr and self.lr < MIN_RELATIVE_LR:
-            rule = f"with adafactor_relative_lr a share of each weight's root mean square, {MIN_RELATIVE_LR:g} or more"
-            fix = "optimizer.lr=1e-2, or optimizer.adafactor_relative_lr=false"
+            share = f"a share of each weight's root mean square, {MIN_RELATIVE_LR:g} or more"
+            rule = f"{share} (without optimizer.adafactor_relative_lr as AdamW's)"
+            fix = "optimizer.lr=1e-2"
             raise ConfigError("optimizer.lr", self.lr, rule, fix)
         if self.kind == "adamw_schedulefree":
             if self.schedule != "constant":

@@ -25,11 +25,12 @@ class Place:
     root: str
     tracking_uri: str
     experiment: str
+    tracking_typed: bool = False  # then a run's plan does not say better: its store may have another address from here
 
     @classmethod
     def of(cls, root: str, tracking_uri: str | None, experiment: str) -> Place:
         root = storage.normalise(root)
-        return cls(root, tracking_uri or default_tracking_uri(root), experiment)
+        return cls(root, tracking_uri or default_tracking_uri(root), experiment, tracking_uri is not None)
 
     @property
     def runs_uri(self) -> str:
@@ -134,9 +135,11 @@ class Details:
 
 
 def details(place: Place, run: RunFacts) -> Details:
-    """With the tracking store that its plan names; where that does not answer, without, and with the reason."""
+    """With the tracking store that was typed, or else its plan's; where that does not answer, without, and with the
+    reason."""
     plan = _json(storage.join(run.uri, "plan.json"))
-    tracking_uri = plan.get("tracking_uri") or place.tracking_uri
+    tracking_uri = None if place.tracking_typed else plan.get("tracking_uri")
+    tracking_uri = tracking_uri or place.tracking_uri
     run_id = _json(storage.join(run.uri, "tracking.json")).get("run_id")
     if run_id is None:
         return Details(run, plan, None, tracking_uri, None)

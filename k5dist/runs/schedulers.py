@@ -20,8 +20,10 @@ def told(record: DriverRecord) -> tuple[str, str] | None:
     """What the scheduler says of the run's job, in a row for the user; None where there is none to ask."""
     try:
         if record.slurm_job_id:
-            states = _slurm_states(record.slurm_job_id)
-            return ("Slurm", f"job {record.slurm_job_id}: {', '.join(states) or 'not in the queue'}")
+            # With the reason that it waits for, a quota say.
+            states = _slurm(["squeue", "--noheader", "--format=%T (%r)", f"--jobs={record.slurm_job_id}"]).splitlines()
+            shown = ", ".join(state.strip().removesuffix(" (None)") for state in states)
+            return ("Slurm", f"job {record.slurm_job_id}: {shown or 'not in the queue'}")
         if record.ray_job_id and record.ray_dashboard:
             from k5dist.cluster.jobs import job_status
 
