@@ -53,7 +53,7 @@ class MetricSink:
     more than its middle. Sending a batch twice is harmless, MLflow drops the copies.
     """
 
-    def __init__(self, client: MlflowClient, run_id: str, *, capacity: int = 100_000, interval: float = 2.0) -> None:
+    def __init__(self, client: MlflowClient, run_id: str, *, capacity: int = 100_000, interval: float = 1.0) -> None:
         from mlflow.entities import Metric
         from mlflow.exceptions import MlflowException
 

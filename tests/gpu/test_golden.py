@@ -22,7 +22,7 @@ pytestmark = [
 GOLDEN = Path(__file__).parent.parent / "golden" / "losses"
 REPOSITORY = Path(k5dist.__file__).parent.parent
 RTOL = 2e-3  # other versions of cuDNN and cuBLAS sum in other orders
-NABLA_RTOL = 5e-3  # and tip blocks that lie near the map's threshold
+NABLA_RTOL = 5e-3  # one loss of 20 was off by 2.1e-3: blocks near the map's threshold may tip (not looked into)
 RUN = ("benchmark.blocks=2", "benchmark.warmup=1", "benchmark.steps=19", "benchmark.profile=false")
 RUN += ("data.num_frames=17", "data.resolution=[256,384]", "benchmark.density=0.4", "benchmark.text_tokens=77")
 RUN += ("model.attention_wT=1", "model.attention_wH=1", "model.attention_wW=1")  # 30 blocks: HD's window holds them all
