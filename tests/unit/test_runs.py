@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import socket
 import time
 import uuid
@@ -17,7 +18,7 @@ from k5dist.cluster.logs import LogFile, LogReader
 from k5dist.cluster.record import DriverRecord, read_record, write_record
 from k5dist.config import ConfigError
 from k5dist.runs.__main__ import main
-from k5dist.runs.facts import Place, RunFacts, find_run, list_runs
+from k5dist.runs.facts import Place, RunFacts, details, find_run, list_runs
 from k5dist.runs.stop import stop
 
 NOW = time.time()
@@ -117,6 +118,14 @@ def test_runs_are_found_by_what_is_typed_of_their_names(root: str, capsys: pytes
     assert "from the runs' folders" in said and "fox-small" in said and "running" in said
     assert main(["status", "bear", f"storage.rot={root}"]) == 2
     assert "did you mean storage.root" in capsys.readouterr().err
+
+
+def test_a_typed_tracking_store_is_asked_before_the_plans(root: str) -> None:
+    theirs, typed = ("sqlite:////nowhere/theirs.db", "sqlite:////nowhere/typed.db")
+    run = RunFacts("fox", storage.join(root, "runs", "fox"), RUNNING)
+    storage.publish_bytes(storage.join(run.uri, "plan.json"), json.dumps({"tracking_uri": theirs}).encode())
+    assert details(Place.of(root, None, "k5dist"), run).tracking_uri == theirs
+    assert details(Place.of(root, typed, "k5dist"), run).tracking_uri == typed
 
 
 def test_what_does_not_run_cannot_be_stopped(root: str) -> None:

@@ -61,6 +61,10 @@ def test_other_gpus_make_the_cache_in_a_job_before() -> None:
     assert {"--partition=cheap", "--nodes=1", "--gpus-per-node=2"} <= directives(before)
     assert {"--nodes=2", "--gpus-per-node=8"} <= directives(behind)
     assert (before.after_previous, behind.after_previous) == (False, True)
+    shown = slurm.printed((before, behind))
+    assert not shown.startswith("#!"), "sbatch would take the first for all"
+    assert shown.count("--dependency=afterok:<job 1>") == 1 and before.script in shown and behind.script in shown
+    assert slurm.printed([behind]) == behind.script
     ours, theirs = arguments_of(before), arguments_of(behind)
     assert "stages=[plan,precache]" in ours and "stages=[plan,train,validate,export]" in theirs
     # One run: the batch of the training's 16 workers for both, and what the first has left is not removed.
